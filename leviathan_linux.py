@@ -1,0 +1,1148 @@
+"""leviathan's engine for Linux: N threads, each of which owns one select.epoll.
+
+How epoll behaves
+-----------------
+epoll tells which sockets *could* be read or written now; the program then makes the call itself. Sockets are
+watched level-triggered here: as long as something is unread, every poll says so again. That has three consequences.
+A bounded read per readiness is enough, because what is left is reported again, so one busy peer starves nobody. A
+read needs no second read that ends in EAGAIN; in Python that saves the 700 ns of a raised BlockingIOError. And
+interest in EPOLLOUT may stand only while something is unsent, else every poll returns at once.
+
+The tempting mistakes
+---------------------
+* Closing a descriptor while events of the same batch are still to be handled: accept() may give its number to a new
+  socket at once, and the old socket's event then hits the new one. Here a closed socket is taken out of the tables
+  at once, but its descriptor is given back only at the batch's end.
+* Masking EPOLLHUP and EPOLLERR: the kernel reports them regardless, for ever. Here a socket in which nothing is of
+  interest is not registered at all.
+* Touching the epoll, the tables or a session's queue from a foreign thread. Here only the owner does. Everyone else
+  puts a call into the owner's mail and wakes it.
+* Two flags and no lock for "is it awake already?". Here the flag, the mail and the wakeup are behind one lock.
+
+Our solution
+------------
+A Worker is a thread, its epoll and what belongs to it: `streams` has the open sessions that may be read (the hot path
+looks only there), `others` has everything else that has a descriptor. A socket is given to a worker once and stays
+there, so a session's receive buffer and its queue of unsent bytes need no lock: only their worker touches them.
+What handlers send while one receive is handled is collected and leaves in one system call afterwards.
+
+Events without a session (`post`) and timers belong to the Engine; whichever worker is idle takes the next one. They
+wake by one descriptor that all epolls watch with EPOLLEXCLUSIVE: the kernel picks an idle thread, as an IOCP would.
+
+The engine knows nothing of leviathan. It gets `core`, an object with the completions (on_accepted, on_connected,
+on_eof, on_sent, on_resumed, on_closed, on_failed) and two questions (reserve, release), and it works on the attributes
+of a session that leviathan.Channel lists. leviathan_win.py is this module's twin.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import heapq
+import os
+import select
+import socket
+import stat
+import struct
+import termios
+import threading
+from collections import deque
+from time import monotonic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+NAME = "epoll"
+
+# LEVIATHAN_POLL=1 forces select.poll, so that what macOS and the BSDs run is tested on Linux too.
+USE_EPOLL = hasattr(select, "epoll") and not os.environ.get("LEVIATHAN_POLL")
+READ = 0x001            # EPOLLIN and POLLIN
+WRITE = 0x004           # EPOLLOUT and POLLOUT
+EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
+
+SCRATCH = 1 << 18       # bytes read at once; libuv's figure is 64 KiB, uvloop's 256 KiB
+MAX_EVENTS = 512        # per poll
+ACCEPT_BUDGET = 100     # accepts per readiness, so that one listener starves nobody (RULES: epoll 1)
+EVENT_BUDGET = 64       # posted events per turn, for the same reason
+JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joining them would copy them
+GATHER_MAX = 64         # chunks per sendmsg; IOV_MAX is 1024 on Linux, 16 by POSIX
+DISCARD_BUDGET = 16     # reads of a closing session's input per readiness
+LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
+ACCEPT_PAUSE = 0.1      # seconds without accepting after EMFILE, doubled each time ...
+ACCEPT_PAUSE_MAX = 1.0  # ... up to this (libuv and asyncio wait 1 s at once)
+
+# accept(2): errors of the new connection, not of the listener. Try the next one.
+ACCEPT_AGAIN = frozenset(getattr(errno, name) for name in (
+    "ECONNABORTED", "EINTR", "EPROTO", "ENETDOWN", "ENOPROTOOPT", "EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP",
+    "ENETUNREACH", "EPERM") if hasattr(errno, name))
+# accept(2): the process or the machine is short of something. Go on serving, accept later.
+ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+FOREVER = float("inf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# System calls: what waits, and what wakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+class _Poll:
+    """select.poll with select.epoll's interface, for systems without epoll (and to test that on Linux)."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self.register = self._poll.register
+        self.modify = self._poll.modify
+        self.unregister = self._poll.unregister
+
+    def poll(self, timeout: float = -1, maxevents: int = -1) -> List[Tuple[int, int]]:
+        """Wait up to *timeout* seconds (-1: for ever), as select.epoll.poll does."""
+        return self._poll.poll(None if timeout < 0 else timeout * 1000)
+
+    def close(self) -> None:
+        """Nothing: a poll object has no descriptor."""
+
+
+def _make_poller() -> Any:
+    return select.epoll() if USE_EPOLL else _Poll()
+
+
+class Wakeup:
+    """A descriptor that becomes readable when signalled: an eventfd, or a socketpair where Python has none (3.8, 3.9)."""
+
+    def __init__(self) -> None:
+        self._pair: Tuple[socket.socket, ...] = ()
+        if hasattr(os, "eventfd"):
+            self._read = self._write = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        else:
+            self._pair = socket.socketpair()
+            for end in self._pair:
+                end.setblocking(False)
+            self._read, self._write = (end.fileno() for end in self._pair)
+
+    def fileno(self) -> int:
+        """The descriptor to watch."""
+        return self._read
+
+    def signal(self) -> None:
+        """Make the descriptor readable. Signalling twice is the same as once."""
+        try:
+            os.write(self._write, b"\1\0\0\0\0\0\0\0")
+        except BlockingIOError:
+            pass            # full of unread signals: it is readable, which is all that was asked
+
+    def drain(self) -> None:
+        """Make the descriptor unreadable again."""
+        try:
+            os.read(self._read, 4096)
+        except BlockingIOError:
+            pass            # another worker was faster
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        if self._pair:
+            for end in self._pair:
+                end.close()
+        else:
+            os.close(self._read)
+
+
+def _tune(sock: socket.socket, family: int) -> None:
+    """Set what every stream has: no Nagle delay, and keepalive, so that a dead peer is noticed after two minutes.
+
+    Accepted sockets inherit all of it from their listener, so this costs an accept nothing.
+    """
+    if family == getattr(socket, "AF_UNIX", None):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes the peer's kernel has not confirmed yet (SIOCOUTQ, tcp(7)); 1 where the system cannot tell."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+    except (OSError, AttributeError):
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timers
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Timer:
+    """A call to be made later, once or again and again. `cancel()` may be called from any thread, any number of times."""
+
+    __slots__ = ("when", "interval", "function", "args", "engine")
+
+    def __init__(self, engine: Engine, when: float, interval: float, function: Callable[..., Any],
+                 args: Tuple[Any, ...]) -> None:
+        self.engine = engine
+        self.when = when
+        self.interval = interval            # 0: once
+        self.function: Optional[Callable[..., Any]] = function      # None: cancelled, or done
+        self.args = args
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+    def cancel(self) -> None:
+        """Do not call any more. A call that is running now is not interrupted."""
+        self.engine.cancel(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Engine:
+    """N workers behind one set of verbs. Every verb may be called from any thread; none calls a completion itself.
+
+    *core* has the completions, *name* begins the threads' names, *threads* is how many workers there are.
+    """
+
+    def __init__(self, core: Any, name: str, threads: int) -> None:
+        self.core = core
+        self.name = name
+        self.lock = threading.Lock()        # guards events, signalled, timers, cancelled, due, turn and stopped
+        self.events: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = deque()    # (function, args) for any worker
+        self.signalled = False              # wakeup is readable already
+        self.timers: List[Timer] = []       # a heap by time
+        self.cancelled = 0                  # how many of the timers are cancelled
+        self.due = FOREVER                  # when the first timer is due (read without the lock: see Worker._run)
+        self.turn = 0                       # round robin over the workers
+        self.started = False
+        self.stopped = False
+        self.wakeup = Wakeup()              # watched by every worker: an event is there
+        self.workers = [Worker(self, index) for index in range(threads)]
+
+    # -- any thread: life ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads. What was asked for before is done now."""
+        with self.lock:
+            if self.started:
+                return
+            self.started = True
+        for worker in self.workers:
+            worker.thread.start()
+
+    def stop(self) -> None:
+        """Abort every session, close every listener, run the events that are queued, end the threads and join them.
+
+        Raises RuntimeError when called from a worker, which cannot wait for itself.
+        """
+        if any(worker.ident == threading.get_ident() for worker in self.workers):
+            raise RuntimeError("a queue cannot be stopped from one of its own threads")
+        for worker in self.workers:
+            worker.post(worker.shut)
+            if not self.started:
+                worker.run()                # never had a thread: this one does what was queued, and closes
+        for worker in self.workers:
+            if self.started:
+                worker.thread.join()
+        with self.lock:
+            if not self.stopped:
+                self.stopped = True
+                self.wakeup.close()
+
+    def statistics(self) -> Dict[str, int]:
+        """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""
+        total = {"threads": len(self.workers), "sessions": 0, "timers": len(self.timers) - self.cancelled}
+        for worker in self.workers:
+            total["sessions"] += worker.sessions
+            for key, value in worker.counters().items():
+                total[key] = total.get(key, 0) + value
+        return total
+
+    # -- any thread: sockets ------------------------------------------------------------------------------------------
+
+    def listen(self, listener: Any, family: int, address: Any, backlog: int, thread: Optional[int]) -> None:
+        """Bind and listen at once, so that the caller gets the OSError; `accept` then lets connections in.
+
+        Sets listener.socket and listener.worker. *thread* pins the listener to one worker (E2).
+        """
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family == getattr(socket, "AF_UNIX", None):
+                _remove_stale(address)
+            else:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            _tune(sock, family)
+            sock.setblocking(False)
+            sock.bind(address)
+            sock.listen(backlog)
+        except OSError:
+            sock.close()
+            raise
+        listener.socket = sock
+        listener.worker = self.choose(thread)
+
+    def accept(self, listener: Any) -> None:
+        """Let connections in, until core.reserve(listener) says that there is no room. Each is given to on_accepted."""
+        listener.worker.post(listener.worker.arm_listener, listener)
+
+    def connect(self, session: Any, family: int, address: Any, thread: Optional[int]) -> None:
+        """Connect out. Ends in on_connected(session), or in on_closed(session, error)."""
+        session.worker = worker = self.choose(thread)
+        worker.post(worker.dial, session, family, address)
+
+    def attach(self, session: Any, sock: socket.socket, thread: Optional[int]) -> None:
+        """Take an accepted socket: on_connected(session) on the worker that now owns it, then its first receive."""
+        session.socket = sock
+        session.worker = worker = self.choose(thread)
+        if not worker.post(worker.adopt, session):
+            sock.close()
+            self.core.on_closed(session, None)
+
+    def receive(self, session: Any) -> None:
+        """Arm receiving again after a pause: core.on_resumed(session) on the owner thread, then what arrives."""
+        session.worker.post(session.worker.resume, session)
+
+    def pause(self, session: Any) -> None:
+        """Arm no receive until `receive` is called. On the owner thread, session.paused has been set."""
+        session.worker.pause(session)
+
+    def send(self, session: Any, chunks: Tuple[bytes, ...], on_sent: Optional[Callable[..., Any]] = None) -> bool:
+        """Queue *chunks*, in order with all else that was queued. False, and nothing done, if the session is closed.
+
+        *on_sent* ends in core.on_sent(session, on_sent, ok), once.
+        """
+        worker = session.worker
+        if threading.get_ident() == worker.ident:
+            return bool(worker.enqueue(session, chunks, on_sent))
+        return bool(worker.enqueue_foreign(session, chunks, on_sent))
+
+    def close(self, target: Any, drain: bool, reason: Any = None, error: Optional[BaseException] = None) -> None:
+        """Close a session: after what is queued was sent (*drain*), or at once. Ends in on_closed, exactly once."""
+        worker = target.worker
+        if threading.get_ident() == worker.ident:
+            worker.close_session(target, drain, reason, error)
+        else:
+            worker.post(worker.close_session, target, drain, reason, error)
+
+    def shutdown(self, session: Any) -> None:
+        """Half-close: after what is queued was sent, tell the peer that no more will come; receiving goes on."""
+        session.worker.post(session.worker.half_close, session)
+
+    def unlisten(self, listener: Any) -> None:
+        """Close a listener. Connections it let in go on."""
+        worker = listener.worker
+        if not worker.post(worker.close_listener, listener):
+            worker.close_listener(listener)
+
+    def run_on_owner(self, session: Any, function: Callable[..., Any], *args: Any) -> bool:
+        """Call function(*args) on the thread that owns *session*. False when that thread has ended."""
+        return bool(session.worker.post(function, *args))
+
+    # -- any thread: events and timers --------------------------------------------------------------------------------
+
+    def post(self, function: Callable[..., Any], *args: Any) -> bool:
+        """Call function(*args) on whichever worker is idle. False when the engine has stopped."""
+        with self.lock:
+            if self.stopped:
+                return False
+            self.events.append((function, args))
+            if not self.signalled:
+                self.signalled = True
+                self.wakeup.signal()
+        return True
+
+    def call_later(self, delay: float, interval: float, function: Callable[..., Any], *args: Any) -> Timer:
+        """Call function(*args) in *delay* seconds, and every *interval* seconds after that unless it is 0."""
+        timer = Timer(self, monotonic() + delay, interval, function, args)
+        self.schedule(timer)
+        return timer
+
+    def schedule(self, timer: Timer) -> None:
+        """Put a timer on the heap. A new first one wakes every worker, since any of them may be the idle one then."""
+        with self.lock:
+            heapq.heappush(self.timers, timer)
+            first = timer.when < self.due
+            if first:
+                self.due = timer.when
+        if first:
+            for worker in self.workers:
+                worker.wake()
+
+    def cancel(self, timer: Timer) -> None:
+        """Forget a timer. Its place on the heap goes when it is due, or when half of the heap is such places."""
+        with self.lock:
+            if timer.function is None:
+                return
+            timer.function = None
+            timer.args = ()
+            self.cancelled += 1
+            if self.cancelled > 64 and self.cancelled * 2 > len(self.timers):
+                self.timers = [timer for timer in self.timers if timer.function is not None]
+                heapq.heapify(self.timers)
+                self.cancelled = 0
+
+    def take_due(self, now: float) -> List[Timer]:
+        """The timers that are due; each is given to one worker only."""
+        due: List[Timer] = []
+        with self.lock:
+            while self.timers and self.timers[0].when <= now:
+                timer = heapq.heappop(self.timers)
+                if timer.function is None:
+                    self.cancelled = max(0, self.cancelled - 1)
+                else:
+                    due.append(timer)
+            self.due = self.timers[0].when if self.timers else FOREVER
+        return due
+
+    def choose(self, thread: Optional[int]) -> Worker:
+        """The worker a new socket goes to: the one asked for, else the next in turn (E2)."""
+        if thread is not None:
+            return self.workers[thread % len(self.workers)]
+        with self.lock:
+            self.turn += 1
+            return self.workers[self.turn % len(self.workers)]
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket file of a server that is gone; leave one alone that still answers, and any other file."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except OSError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Worker:
+    """One thread, its epoll, and everything that only this thread may touch."""
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        self.engine = engine
+        self.core = engine.core
+        self.poller = _make_poller()
+        self.wakeup = Wakeup()
+        self.lock = threading.Lock()        # guards mail, signalled, stopped, and each session's `posted` and `state`
+        self.mail: List[Tuple[Callable[..., Any], Tuple[Any, ...]]] = []     # (function, args) for this thread
+        self.signalled = False              # wakeup is readable already, or the mail is about to be read
+        self.stopped = False                # no mail is taken any more
+        self.stopping = False
+        self.streams: Dict[int, Any] = {}   # {descriptor: open session that may be read}: the hot path
+        self.others: Dict[int, Callable[[int], None]] = {}      # {descriptor: what handles its events}
+        self.listeners: List[Any] = []
+        self.sessions = 0                   # sessions this worker owns, in whatever state
+        self.owned: Dict[int, Any] = {}     # {descriptor: session}, every one of them
+        self.dirty: List[Any] = []          # sessions that a handler has queued something for
+        self.doomed: List[socket.socket] = []       # sockets to be closed when the batch of events is done
+        self.scratch = self.core.scratch(SCRATCH)   # a ctypes array: what sessions without a RecvBuf are read into
+        self.now = monotonic()              # one clock read per batch
+        self.ident = 0
+        self.thread = threading.Thread(target=self.run, name="%s-%d" % (engine.name, index), daemon=True)
+        self.receives = self.received = self.sends = self.sent = 0
+        self.accepted = self.connected = self.closed = self.events = self.turns = 0
+        self.others[self.wakeup.fileno()] = self._mail_ready
+        self.others[engine.wakeup.fileno()] = self._events_ready
+        self.poller.register(self.wakeup.fileno(), READ)
+        self.poller.register(engine.wakeup.fileno(), READ | EXCLUSIVE if USE_EPOLL else READ)
+
+    # -- any thread ---------------------------------------------------------------------------------------------------
+
+    def post(self, function: Callable[..., Any], *args: Any) -> bool:
+        """Call function(*args) on this worker's thread, in the order of the posts. False once the thread has ended."""
+        with self.lock:
+            if self.stopped:
+                return False
+            self.mail.append((function, args))
+            self._signal()
+        return True
+
+    def wake(self) -> None:
+        """Let the worker look at its timers and its mail."""
+        with self.lock:
+            if not self.stopped:
+                self._signal()
+
+    def _signal(self) -> None:
+        # Called with the lock held, so that the descriptor cannot be closed meanwhile.
+        if not self.signalled:
+            self.signalled = True
+            if threading.get_ident() != self.ident:
+                self.wakeup.signal()        # the owner itself looks at the flag before it sleeps
+
+    def enqueue_foreign(self, session: Any, chunks: Tuple[bytes, ...], on_sent: Optional[Callable[..., Any]]) -> bool:
+        """Queue bytes from a thread that is not the owner; `posted` counts what waits in the mail (hard limit)."""
+        size = sum(map(len, chunks))
+        with self.lock:
+            if self.stopped or not session.is_open():
+                return False
+            waiting = session.posted + session.unsent
+            if waiting and waiting + size > session.send_limit:
+                self.mail.append((self.overflow, (session,)))
+                self._signal()
+                return False
+            session.posted += size
+            self.mail.append((self._enqueue_posted, (session, chunks, size, on_sent)))
+            self._signal()
+        return True
+
+    def counters(self) -> Dict[str, int]:
+        """What was counted since the start."""
+        return {"receives": self.receives, "bytes_received": self.received, "sends": self.sends, "bytes_sent": self.sent,
+                "accepted": self.accepted, "connected": self.connected, "closed": self.closed, "events": self.events,
+                "turns": self.turns}
+
+    # -- owner thread: the loop ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The thread: until `shut` was posted and the last session is closed."""
+        self.ident = threading.get_ident()
+        try:
+            while not self._finished():
+                self._turn()
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        """One poll and its events; many of them, in fact: the loop is left only for what is rare."""
+        # The hot loop. Everything it uses is a local: a global or an attribute costs 10 to 20 ns each time.
+        # `engine.due` is read without its lock: who sets an earlier one wakes this worker afterwards, so a stale value
+        # costs one turn. The clock is read once per batch (40 ns), the counters are added up per batch.
+        poll = self.poller.poll
+        streams = self.streams
+        scratch = self.scratch
+        dirty = self.dirty
+        engine = self.engine
+        read = READ
+        while not (self.signalled or self.doomed or self.stopping):
+            due = engine.due
+            if due is FOREVER:
+                events = poll(-1, MAX_EVENTS)
+            else:
+                events = poll(max(0.0, due - monotonic()), MAX_EVENTS)
+            self.now = now = monotonic()
+            received = 0
+            for fd, mask in events:
+                try:
+                    session = streams[fd]
+                except KeyError:
+                    self._dispatch(fd, mask)
+                    continue
+                if mask != read or session.partial is not None:
+                    self.session_ready(session, mask)
+                    continue
+                try:
+                    count = session.socket.recv_into(scratch)
+                except OSError as error:
+                    self._receive_failed(session, error)
+                    continue
+                if count:
+                    received += count
+                    session.last = now
+                    session.received(session, scratch, count)
+                else:
+                    self.core.on_eof(session)
+                if dirty:
+                    self._flush()
+            self.turns += 1
+            self.receives += len(events)
+            self.received += received
+            if now >= engine.due:
+                self._run_timers(now)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Between batches: close what is doomed, do what was posted."""
+        for sock in self.doomed:
+            sock.close()
+        self.doomed.clear()
+        with self.lock:
+            mail, self.mail = self.mail, []
+            self.signalled = False
+        for function, args in mail:
+            self._call(function, args)
+        if self.stopping:
+            self._turn_stopping()
+
+    def _turn_stopping(self) -> None:
+        """While the thread is ending: events as they come, without waiting long for any."""
+        for fd, mask in self.poller.poll(0.0 if self.mail else 0.01, MAX_EVENTS):
+            session = self.streams.get(fd)
+            if session is not None:
+                self.session_ready(session, mask)
+            else:
+                self._dispatch(fd, mask)
+            if self.dirty:
+                self._flush()
+
+    def _finished(self) -> bool:
+        """True when the thread may end; from then on no mail is taken."""
+        if not self.stopping or self.sessions or self.doomed:
+            return False
+        with self.engine.lock:
+            events, self.engine.events = self.engine.events, deque()
+        for function, args in events:
+            self._call(function, args)
+        with self.lock:
+            self.stopped = not self.mail and not self.sessions and not self.doomed
+        return self.stopped
+
+    def _end(self) -> None:
+        for listener in list(self.listeners):
+            self.close_listener(listener)
+        for sock in self.doomed:
+            sock.close()
+        self.poller.close()
+        with self.lock:
+            self.stopped = True
+            self.wakeup.close()
+        self.ident = 0
+
+    def _dispatch(self, fd: int, mask: int) -> None:
+        """An event that is not an open session's. None is there when it was closed earlier in this batch."""
+        handle = self.others.get(fd)
+        if handle is not None:
+            handle(mask)
+            if self.dirty:
+                self._flush()
+
+    def _call(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> None:
+        """Call what was posted. Whatever it raises is reported and costs nothing else."""
+        try:
+            function(*args)
+        except BaseException as error:
+            self.core.on_failed(function, error)
+        if self.dirty:
+            self._flush()
+
+    def _mail_ready(self, mask: int) -> None:
+        self.wakeup.drain()
+        self.signalled = True               # makes the loop end its batch and read the mail
+
+    def _events_ready(self, mask: int) -> None:
+        """Take posted events, one at a time; before each is run, another worker is woken if more are waiting."""
+        engine = self.engine
+        with engine.lock:
+            engine.wakeup.drain()
+            engine.signalled = False
+        for _ in range(EVENT_BUDGET):
+            with engine.lock:
+                if not engine.events:
+                    return
+                function, args = engine.events.popleft()
+                if engine.events and not engine.signalled and len(engine.workers) > 1:
+                    engine.signalled = True
+                    engine.wakeup.signal()
+            self.events += 1
+            self._call(function, args)
+        with engine.lock:
+            if engine.events and not engine.signalled:
+                engine.signalled = True
+                engine.wakeup.signal()
+
+    def _run_timers(self, now: float) -> None:
+        for timer in self.engine.take_due(now):
+            function = timer.function
+            if function is None:
+                continue                    # cancelled by one that was due before it
+            if not timer.interval:
+                timer.function = None
+            self.events += 1
+            self._call(function, timer.args)
+            if timer.interval and timer.function is not None:
+                # From when it was due, not from now, so that it does not drift; missed calls are not made up for.
+                timer.when = max(timer.when + timer.interval, monotonic())
+                self.engine.schedule(timer)
+
+    # -- owner thread: listeners --------------------------------------------------------------------------------------
+
+    def arm_listener(self, listener: Any) -> None:
+        """Accept from now on."""
+        if listener.closed or self.stopping:
+            return
+        fd = listener.socket.fileno()
+        if listener not in self.listeners:
+            self.listeners.append(listener)
+        if fd not in self.others:
+            self.others[fd] = functools.partial(self._accept, listener)
+            self.poller.register(fd, READ)
+
+    def _disarm_listener(self, listener: Any) -> None:
+        fd = listener.socket.fileno()
+        if self.others.pop(fd, None) is not None:
+            self.poller.unregister(fd)
+
+    def _accept(self, listener: Any, mask: int) -> None:
+        """Accept what waits, as far as there is room; the room is taken before the connection is."""
+        for _ in range(ACCEPT_BUDGET):
+            if not self.core.reserve(listener):
+                self._disarm_listener(listener)     # core calls the verb `accept` again when there is room
+                return
+            try:
+                sock, address = listener.socket.accept()
+            except OSError as error:
+                self.core.release(listener)
+                if isinstance(error, BlockingIOError):
+                    return
+                if error.errno in ACCEPT_AGAIN:
+                    continue
+                self._accept_failed(listener, error)
+                return
+            listener.pause = ACCEPT_PAUSE
+            sock.setblocking(False)
+            self.accepted += 1
+            self.core.on_accepted(listener, sock, address)
+
+    def _accept_failed(self, listener: Any, error: OSError) -> None:
+        """Out of descriptors or memory: pause, with the pause doubling, and go on serving those who are in."""
+        if error.errno not in ACCEPT_LATER:
+            self.core.on_listener_failed(listener, error, 0.0)
+            self.close_listener(listener)
+            return
+        self._disarm_listener(listener)
+        pause = listener.pause
+        listener.pause = min(pause * 2, ACCEPT_PAUSE_MAX)
+        self.core.on_listener_failed(listener, error, pause)
+        self.engine.call_later(pause, 0, self.engine.accept, listener)
+
+    def close_listener(self, listener: Any) -> None:
+        """Stop listening and give the port back."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+            self._disarm_listener(listener)
+        if listener.socket.fileno() >= 0:
+            listener.socket.close()
+            if listener.unix:
+                try:
+                    os.unlink(listener.unix)
+                except OSError:
+                    pass                    # somebody has removed it, or made it his own
+        listener.closed = True
+
+    # -- owner thread: a session's beginning --------------------------------------------------------------------------
+
+    def adopt(self, session: Any) -> None:
+        """An accepted socket has come to its thread."""
+        if self.stopping:
+            session.move("abort")
+        fd = session.socket.fileno()
+        self.sessions += 1
+        self.owned[fd] = session
+        if session.is_ended():
+            self._closed(session)
+            return
+        self._established(session)
+
+    def dial(self, session: Any, family: int, address: Any) -> None:
+        """Begin to connect; never waits."""
+        self.sessions += 1
+        if session.is_ended() or self.stopping:
+            self._closed(session)
+            return
+        try:
+            session.socket = sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            _tune(sock, family)
+            code = sock.connect_ex(address)
+        except (OSError, OverflowError, ValueError, TypeError) as error:
+            session.fail(error)
+            self._closed(session)
+            return
+        if code not in (0, errno.EINPROGRESS):
+            session.fail(OSError(code, os.strerror(code)))
+            self._closed(session)
+            return
+        fd = sock.fileno()
+        self.owned[fd] = session
+        self.others[fd] = functools.partial(self._dialled, session)
+        session.interest = WRITE
+        self.poller.register(fd, WRITE)
+
+    def _dialled(self, session: Any, mask: int) -> None:
+        code = session.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            session.fail(OSError(code, os.strerror(code)))
+            self._closed(session)
+            return
+        self.others.pop(session.socket.fileno())
+        self._established(session)
+
+    def _established(self, session: Any) -> None:
+        """Connected and on its own thread: on_connected comes first, then the first receive is armed."""
+        session.last = self.now
+        session.thread = self.ident
+        session.cork = self.dirty.append
+        self.connected += 1
+        session.move("established")
+        self.streams[session.socket.fileno()] = session
+        self.core.on_connected(session)
+        if session.is_open():
+            self._rearm(session)
+
+    # -- owner thread: receiving --------------------------------------------------------------------------------------
+
+    def _rearm(self, session: Any) -> None:
+        """Watch for what the session's state asks for now, and put it into the table its events belong to."""
+        fd = session.socket.fileno()
+        if fd < 0 or fd not in self.owned:
+            return
+        interest = 0 if session.paused else READ
+        if session.sending is not None:
+            interest |= WRITE
+        if session.paused:
+            self.streams.pop(fd, None)
+            self.others[fd] = functools.partial(self.session_ready, session)
+        else:
+            self.others.pop(fd, None)
+            self.streams[fd] = session
+        if interest == session.interest:
+            return
+        if not interest:
+            self.poller.unregister(fd)      # with an interest of 0 the kernel would still report HUP, for ever
+        elif not session.interest:
+            self.poller.register(fd, interest)
+        else:
+            self.poller.modify(fd, interest)
+        session.interest = interest
+
+    def session_ready(self, session: Any, mask: int) -> None:
+        """The general form of what the hot loop does for the common case."""
+        if mask & ~READ and session.sending is not None:
+            self._send_more(session)
+        if session.paused or session.is_ended():
+            if not session.is_open() and mask & ~WRITE:
+                self._discard(session)
+            return
+        if mask & ~WRITE:
+            self._receive(session)
+
+    def _receive(self, session: Any) -> None:
+        """One receive: into the session's RecvBuf behind what is there, or into the scratch buffer."""
+        partial = session.partial
+        try:
+            count = session.socket.recv_into(self.scratch if partial is None else session.room)
+        except OSError as error:
+            self._receive_failed(session, error)
+            return
+        if not count:
+            self.core.on_eof(session)
+        else:
+            session.last = self.now
+            if partial is None:
+                session.received(session, self.scratch, count)
+            else:
+                self.received += count
+                session.filled += count
+                if session.filled < session.need:
+                    return                  # the packet's length is known, and more of it is to come
+                session.received(session, partial.array, session.filled)
+        if self.dirty:
+            self._flush()
+
+    def _receive_failed(self, session: Any, error: OSError) -> None:
+        if not isinstance(error, (BlockingIOError, InterruptedError)):
+            self.close_session(session, False, None, error)
+
+    def pause(self, session: Any) -> None:
+        """session.paused was set: read no more."""
+        if session.is_open():
+            self._rearm(session)
+
+    def resume(self, session: Any) -> None:
+        """session.paused may be 0 again: first what has been received already, then what comes."""
+        if not session.is_open() or session.paused:
+            return
+        self.core.on_resumed(session)
+        if session.is_open():
+            self._rearm(session)
+
+    # -- owner thread: sending ----------------------------------------------------------------------------------------
+
+    def enqueue(self, session: Any, chunks: Tuple[bytes, ...], on_sent: Optional[Callable[..., Any]]) -> bool:
+        """Queue bytes on the owner thread; they leave when the handler that runs now has returned."""
+        if not session.is_open() or session.fin:
+            return False
+        self._append(session, chunks, sum(map(len, chunks)), on_sent)
+        return True
+
+    def _enqueue_posted(self, session: Any, chunks: Tuple[bytes, ...], size: int,
+                        on_sent: Optional[Callable[..., Any]]) -> None:
+        with self.lock:
+            session.posted -= size
+        if session.is_ended():
+            if on_sent is not None:
+                self.core.on_sent(session, on_sent, False)
+            return
+        self._append(session, chunks, size, on_sent)
+
+    def _append(self, session: Any, chunks: Tuple[bytes, ...], size: int, on_sent: Optional[Callable[..., Any]]) -> None:
+        if not session.out:
+            self.dirty.append(session)
+        session.out.extend(chunks)
+        session.unsent += size
+        if on_sent is not None:
+            session.mark(on_sent)
+        if session.unsent > session.high_water:
+            self.congested(session)
+
+    def congested(self, session: Any) -> None:
+        """More is unsent than the high-water mark: send now; if that does not help, pause, or give the session up."""
+        if session.sending is None and session.out:
+            self._send_now(session)
+        if session.unsent <= session.high_water or not session.is_open():
+            return
+        if session.unsent > session.send_limit and len(session.out) > 1:
+            self.overflow(session)
+        else:
+            session.congested()
+
+    def overflow(self, session: Any) -> None:
+        """The peer does not read and the hard limit is reached."""
+        session.overflow()
+
+    def _flush(self) -> None:
+        """Send what handlers have queued: for each session all of it in one system call."""
+        dirty = self.dirty
+        for session in dirty:
+            if session.out and session.sending is None:
+                self._send_now(session)
+        dirty.clear()
+
+    def _send_now(self, session: Any) -> None:
+        """One send of everything that is queued. Nothing is outstanding."""
+        out = session.out
+        if session.unsent > JOIN_MAX:
+            self._send_gather(session)
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        try:
+            sent = session.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.close_session(session, False, None, error)
+            return
+        self.sends += 1
+        self.sent += sent
+        out.clear()
+        if sent == len(data):
+            session.unsent = 0
+            if session.marks is not None:
+                session.progress(sent)
+        else:
+            self._outstanding(session, data, sent)
+
+    def _send_gather(self, session: Any) -> None:
+        """The same for large amounts: chunk by chunk, without a copy."""
+        out = session.out
+        try:
+            sent = session.socket.sendmsg(out[:GATHER_MAX])
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.close_session(session, False, None, error)
+            return
+        self.sends += 1
+        self.sent += sent
+        done = 0
+        left = sent
+        for chunk in out:
+            if len(chunk) > left:
+                break
+            left -= len(chunk)
+            done += 1
+        session.unsent -= sent - left
+        first = out[done] if done < len(out) else None
+        del out[:done + 1]
+        if sent - left and session.marks is not None:
+            session.progress(sent - left)
+        if first is not None:
+            self._outstanding(session, first, left)
+
+    def _outstanding(self, session: Any, data: bytes, sent: int) -> None:
+        """The kernel took *sent* bytes of *data*: the rest is the session's outstanding send."""
+        session.sending = self.core.begin_send(session, data, sent)
+        session.unsent -= sent
+        if sent and session.marks is not None:
+            session.progress(sent)
+        self._rearm_sending(session)
+
+    def _rearm_sending(self, session: Any) -> None:
+        if session.is_open():
+            self._rearm(session)
+        else:
+            self._watch_closing(session)
+
+    def _send_more(self, session: Any) -> None:
+        """The socket is writable again: go on with the outstanding send, then with what was queued behind it."""
+        operation = session.sending
+        try:
+            sent = session.socket.send(operation.rest())
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close_session(session, False, None, error)
+            return
+        self.sends += 1
+        self.sent += sent
+        operation.done += sent
+        session.unsent -= sent
+        if session.marks is not None:
+            session.progress(sent)
+        if operation.done < operation.wanted:
+            return
+        session.sending = None
+        self.core.end_send(operation)
+        if session.out:
+            self._send_now(session)
+        if session.sending is None:
+            self._rearm_sending(session)
+            if not session.is_open() or session.fin:
+                self.post(self._drained, session)
+        if session.unsent <= session.low_water:
+            session.relieved()
+
+    # -- owner thread: a session's end --------------------------------------------------------------------------------
+
+    def half_close(self, session: Any) -> None:
+        """The user has nothing more to send: FIN goes out behind what is queued."""
+        if session.is_open() and not session.fin:
+            session.fin = True
+            session.thread = 0
+            self.post(self._drained, session)
+
+    def close_session(self, session: Any, drain: bool, reason: Any, error: Optional[BaseException]) -> None:
+        """Begin to close. The first cause is the one reported; an abort overtakes a drain that is under way."""
+        with self.lock:
+            moved = session.move("drain" if drain else "abort")
+        if not moved:
+            return
+        session.because(reason, error)
+        session.thread = 0                  # the fast path of Session.send is shut from here on
+        session.paused |= session.ENDED
+        if session.socket is None or session.socket.fileno() not in self.owned:
+            return                          # not here yet: `adopt` or `dial` will see that it has ended
+        self.streams.pop(session.socket.fileno(), None)
+        if drain:
+            self._watch_closing(session)
+            self.post(self._drained, session)       # behind what other threads have queued before
+        else:
+            self.post(self._closed, session)
+
+    def _watch_closing(self, session: Any) -> None:
+        """A closing session's input is read and thrown away, else close() would answer it with a reset."""
+        fd = session.socket.fileno()
+        if fd not in self.owned:
+            return
+        self.others[fd] = functools.partial(self.session_ready, session)
+        interest = (0 if session.eof else READ) | (WRITE if session.sending is not None else 0)
+        if interest == session.interest:
+            return
+        if not interest:
+            self.poller.unregister(fd)
+        elif not session.interest:
+            self.poller.register(fd, interest)
+        else:
+            self.poller.modify(fd, interest)
+        session.interest = interest
+
+    def _drained(self, session: Any) -> None:
+        """If all is with the kernel: say so to the peer, and close when it has taken it, has closed too, or LINGER is over."""
+        if session.unsent or session.posted or session.is_gone():
+            return
+        if session.is_open():               # a half-close asked for by the user
+            self._send_fin(session)
+            return
+        if not session.move("sent"):
+            return
+        if self._send_fin(session) and not session.eof and self._discard(session) and _unacknowledged(session.socket):
+            self.engine.call_later(LINGER, 0, self.post, self._closed, session)
+        elif not session.is_gone():
+            self._closed(session)
+
+    def _send_fin(self, session: Any) -> bool:
+        try:
+            session.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return False                    # the peer is gone already
+        return True
+
+    def _discard(self, session: Any) -> bool:
+        """Throw away what still comes. False when nothing will come any more; then a drained session is closed."""
+        for _ in range(DISCARD_BUDGET):
+            try:
+                if session.socket.recv_into(self.scratch):
+                    continue
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                self._closed(session, error)
+                return False
+            session.eof = True
+            if session.unsent:
+                self._watch_closing(session)
+            else:
+                self.post(self._drained_to_end, session)
+            return False
+        return True
+
+    def _drained_to_end(self, session: Any) -> None:
+        """The peer has closed too: nothing is left to wait for, unless something is still to be sent."""
+        if session.is_gone() or session.unsent or session.posted:
+            return
+        if session.is_ended():
+            self._closed(session)
+
+    def _closed(self, session: Any, error: Optional[OSError] = None) -> None:
+        """The end: out of the tables, out of the epoll, buffers back, then on_closed; each session once."""
+        with self.lock:
+            if not session.move("closed"):
+                return
+        sock = session.socket
+        fd = -1 if sock is None else sock.fileno()
+        if fd in self.owned and self.owned[fd] is session:
+            del self.owned[fd]
+            self.streams.pop(fd, None)
+            self.others.pop(fd, None)
+            if session.interest:
+                self.poller.unregister(fd)
+                session.interest = 0
+        if sock is not None:
+            if session.aborted and sock.family != getattr(socket, "AF_UNIX", None):
+                try:                        # a reset: the kernel keeps nothing for a peer that does not read
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                except OSError:
+                    pass                    # not connected any more
+            self.doomed.append(sock)
+        self.sessions -= 1
+        self.closed += 1
+        session.thread = 0
+        session.out.clear()
+        session.unsent = 0
+        if session.sending is not None:
+            self.core.end_send(session.sending)
+            session.sending = None
+        if error is not None:
+            session.because(None, error)
+        self.core.on_closed(session, session.error)
+
+    def shut(self) -> None:
+        """Posted by Engine.stop: abort what is open, close the listeners; the loop ends when all of it is gone."""
+        self.stopping = True
+        for listener in list(self.listeners):
+            self.close_listener(listener)
+        for session in list(self.owned.values()):
+            self.close_session(session, False, session.SHUTDOWN, None)
+            if session.is_ended() and not session.is_gone():
+                self.post(self._closed, session)
