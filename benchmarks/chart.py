@@ -1,0 +1,140 @@
+"""Draws docs/benchmarks.svg: a panel of bars per case, leviathan's among them in its own colour.
+
+Throughput is relative to a natural uvloop program, whose 1.0 is a line through each panel; each panel has its own
+scale, and each bar its number. The file stands alone (no script, no font, no reference) and has its own ground, light
+or dark as the reader's system is set.
+"""
+from statistics import median
+from xml.sax.saxutils import escape
+
+import report
+from cases import CASES, SUBJECT
+
+REFERENCE = "uvloop-natural"
+COLUMNS = 2
+WIDTH, PANEL, MARGIN = 880, 412, 18     # of the picture, of a panel, around panels; units of the viewBox (pixels)
+TOP = 92                                # what the picture's own heading takes
+HEAD, BAR, PITCH = 52, 13, 20           # a panel's heading, a bar's height, from one bar to the next
+NAMES, VALUES = 116, 52                 # room left of the bars for names, right of them for numbers
+FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+STYLE = """
+  text { %s; font-size: 12px; fill: #24292f }
+  .title { font-size: 20px; font-weight: 600 }
+  .case { font-size: 13px; font-weight: 600 }
+  .soft { fill: #57606a; font-size: 11.5px }
+  .ours { font-weight: 600 }
+  .right { text-anchor: end }
+  .ground { fill: #ffffff }
+  .panel { fill: #f6f8fa }
+  .bar { fill: #a3b1c2 }
+  .bar.reference { fill: #6e7f94 }
+  .bar.ours { fill: #0a7ea4 }
+  .line { stroke: #6e7f94; stroke-width: 1; stroke-dasharray: 3 3 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 }
+    .soft { fill: #9198a1 }
+    .ground { fill: #0d1117 }
+    .panel { fill: #161b22 }
+    .bar { fill: #3d4b5c }
+    .bar.reference { fill: #66788e }
+    .bar.ours { fill: #2fa8d0 }
+    .line { stroke: #8b98a8 }
+  }
+""" % FONT
+
+
+class Panel:
+    """What one panel shows: bars = [(name, value)], a value to draw a line through or None, how values are written."""
+
+    def __init__(self, heading, subheading, bars, mark, form):
+        self.heading, self.subheading, self.bars, self.mark, self.form = heading, subheading, bars, mark, form
+        self.height = HEAD + PITCH * len(bars) + 8
+
+
+def throughput_panel(case, result):
+    """Messages per second relative to the reference; the C server, the ceiling, would dwarf the rest and is left out."""
+    bars = []
+    for contender in case.contenders:
+        values = report.ratios(result, contender, REFERENCE, case.figure)
+        if values and contender != "c":
+            bars.append((contender, median(values)))
+    return Panel(case.name, case.title, bars, 1.0, "ratio")
+
+
+def plain_panel(case, result, heading, subheading):
+    """The figure of a case as it is."""
+    bars = [(name, median(report.known(report.figures(result, name, case.figure)))) for name in case.contenders
+            if report.known(report.figures(result, name, case.figure))]
+    return Panel(heading, subheading, bars, None, "count" if max(value for _, value in bars) >= 100 else "number")
+
+
+def panels(results):
+    """The panels of the cases there are results for."""
+    made = []
+    for case in CASES:
+        result = results["cases"].get(case.name)
+        if result is None or not result["samples"]:
+            continue
+        if case.name.startswith("echo") and REFERENCE in result["samples"]:
+            made.append(throughput_panel(case, result))
+        elif case.name == "idle":
+            made.append(plain_panel(case, result, "memory", "bytes per idle connection; less is better"))
+        elif case.name == "import":
+            made.append(plain_panel(case, result, "import", "milliseconds of a first import; less is better"))
+    return [panel for panel in made if panel.bars]
+
+
+def text(x, y, content, classes=""):
+    """One line of text."""
+    return '<text x="%.1f" y="%.1f" class="%s">%s</text>' % (x, y, classes, escape(content))
+
+
+def bar_class(name):
+    """Leviathan and the reference stand out."""
+    return {SUBJECT: "ours", REFERENCE: "reference"}.get(name, "")
+
+
+def draw_bar(panel, x, y, scale, name, value):
+    """A name, its bar and its number."""
+    kind = bar_class(name)
+    length = max(1.0, value * scale)
+    return [text(x + NAMES - 8, y + BAR - 2, name, "right " + kind),
+            '<rect x="%.1f" y="%.1f" width="%.1f" height="%d" rx="2" class="bar %s"/>'
+            % (x + NAMES, y, length, BAR, kind),
+            text(x + NAMES + length + 6, y + BAR - 2, report.FORMATS[panel.form](value), kind)]
+
+
+def draw_panel(panel, x, y, height):
+    """One panel with its upper left corner at (x, y)."""
+    scale = (PANEL - NAMES - VALUES - 14) / max(max(value for _, value in panel.bars), panel.mark or 0)
+    parts = ['<rect x="%.1f" y="%.1f" width="%d" height="%d" rx="6" class="panel"/>' % (x, y, PANEL, height),
+             text(x + 14, y + 22, panel.heading, "case"), text(x + 14, y + 39, panel.subheading, "soft")]
+    for i, (name, value) in enumerate(panel.bars):
+        parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value)
+    if panel.mark:
+        at = x + NAMES + panel.mark * scale
+        parts.append('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" class="line"/>'
+                     % (at, at, y + HEAD - 5, y + panel.height - 8))
+    return parts
+
+
+def draw(results):
+    """Return the picture as the text of an SVG file."""
+    shown = panels(results)
+    parts, y = [], TOP
+    for i in range(0, len(shown), COLUMNS):
+        row = shown[i:i + COLUMNS]
+        height = max(panel.height for panel in row)
+        for j, panel in enumerate(row):
+            parts += draw_panel(panel, MARGIN + j * (PANEL + WIDTH - COLUMNS * PANEL - 2 * MARGIN), y, height)
+        y += height + 20
+    heading = [text(MARGIN, 38, "leviathan and its peers", "title"),
+               text(MARGIN, 60, "Echo of length-prefixed packets on one core: messages per second, where a natural uvloop "
+                    "program has 1.0. More is better.", "soft"),
+               text(MARGIN, 77, "%s, %s" % (results["machine"]["processor"],
+                                            ", ".join("%s %s" % pair for pair in results["versions"].items())), "soft")]
+    frame = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
+             % (WIDTH, y, WIDTH, y), "<title>leviathan and its peers: throughput relative to uvloop</title>",
+             "<style>%s</style>" % STYLE, '<rect width="100%" height="100%" rx="8" class="ground"/>']
+    return "\n".join(frame + heading + parts + ["</svg>"]) + "\n"

@@ -1,0 +1,184 @@
+"""Starts servers and load, each on its own core, and looks at the server's memory and processor time.
+
+Nothing here knows a case or prints a result: see cases.py and run.py.
+"""
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from build import compiled
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+READY_WITHIN = 20.0     # seconds; the slowest peer takes half a second to import
+STOP_WITHIN = 5.0       # seconds until a server that was asked to stop is killed
+
+
+class Missing(Exception):
+    """This server cannot run here: its library is not installed."""
+
+
+class Failed(Exception):
+    """A server or the load generator did not do its job; the message says how."""
+
+
+def cores():
+    """The two cores to measure on, (server's, load generator's), or None where processes cannot be pinned to two."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = sorted(os.sched_getaffinity(0))
+    return (allowed[0], allowed[1]) if len(allowed) > 1 else None
+
+
+def pinning(which):
+    """A function to be called in a child before its program: keeps it on the server's core (0) or the load's (1)."""
+    both = cores()
+    if which is None or both is None:
+        return None
+    return lambda: os.sched_setaffinity(0, {both[which]})
+
+
+def load_arguments(server, mode, options):
+    """The command line of the load generator."""
+    arguments = [compiled("load.c"), mode, "127.0.0.1", str(server.port)]
+    for name, value in options.items():
+        arguments += ["--" + name, str(value)]
+    return arguments
+
+
+class Server:
+    """A server process, from ready to stopped: ``with Server("gevent") as server: ...``
+
+    `name` is one of servers.py, and may say a number of threads: "leviathan:2". `pinned` keeps it on one core; other
+    arguments go to servers.py as they are.
+    """
+
+    def __init__(self, name, arguments=(), pinned=True):
+        self.name = name
+        self.pinned = pinned
+        server, _, threads = name.partition(":")
+        self.command = [sys.executable, os.path.join(HERE, "servers.py"), server] + list(arguments)
+        if threads:
+            self.command += ["--threads", threads]
+        self.port = None
+
+    def __enter__(self):
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.errors,
+                                        stdin=subprocess.DEVNULL, preexec_fn=pinning(0 if self.pinned else None))
+        try:
+            self.port = self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+    def _wait_ready(self):
+        """Return the port of the ready line; raise what came instead of it."""
+        line = ""
+        if select.select([self.process.stdout], [], [], READY_WITHIN)[0]:
+            line = self.process.stdout.readline().decode()
+        found = re.match(r"ready \S+ 127\.0\.0\.1:(\d+)$", line)
+        if found:
+            return int(found.group(1))
+        if line.startswith("missing"):
+            raise Missing(line.partition(": ")[2].strip())
+        self.stop()
+        raise Failed("did not get ready" + self.last_words())
+
+    def last_words(self):
+        """The last line the process wrote to stderr, to be added to a message."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return ": " + lines[-1] if lines else ""
+
+    def stop(self):
+        """Ask it to stop, kill it if it does not."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_WITHIN)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def load(self, mode, **options):
+        """Run the load generator against this server; return what it measured, with the server's own share of time.
+
+        "busy" is the part of the run in which the server had a processor: well below 1 on one core means that the
+        load generator, or another program, was what limited it.
+        """
+        before, begun = self.cpu_seconds(), time.perf_counter()
+        done = subprocess.run(load_arguments(self, mode, options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, preexec_fn=pinning(1 if self.pinned else None))
+        took = time.perf_counter() - begun
+        if done.returncode or self.process.poll() is not None:
+            raise Failed(done.stderr.decode().strip() + self.last_words())
+        result = json.loads(done.stdout.decode())
+        result["busy"] = (self.cpu_seconds() - before) / took
+        return result
+
+    def cpu_seconds(self):
+        """Processor time used so far, by all threads (proc(5): fields 14 and 15 of stat, in clock ticks)."""
+        with open("/proc/%d/stat" % self.process.pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self):
+        """Bytes of memory held now: {"rss": resident, "pss": the same, shared pages counted in part}."""
+        sizes = read_sizes("/proc/%d/smaps_rollup" % self.process.pid)
+        return {"rss": sizes["Rss"], "pss": sizes["Pss"]}
+
+    def peak(self):
+        """The most bytes that were ever resident."""
+        return read_sizes("/proc/%d/status" % self.process.pid)["VmHWM"]
+
+
+class IdleClients:
+    """Connections that are held open and do nothing: ``with IdleClients(server, 8000): ...``
+
+    With `touch` each sends one packet and has its reply before it falls idle.
+    """
+
+    def __init__(self, server, count, touch):
+        self.arguments = load_arguments(server, "idle", {"conns": count, "touch": int(touch)})
+        self.pinned = server.pinned
+
+    def __enter__(self):
+        self.process = subprocess.Popen(self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, preexec_fn=pinning(1 if self.pinned else None))
+        line = self.process.stdout.readline().decode()
+        if not line:
+            raise Failed(self.process.communicate()[1].decode().strip())
+        self.result = json.loads(line)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.communicate()
+
+
+def read_sizes(path):
+    """Read the lines `Name:   123 kB` of a file in /proc: {name: bytes}."""
+    with open(path) as file:
+        return {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", file.read(), re.M)}
+
+
+def import_seconds(module):
+    """Import a module in a fresh interpreter, on the server's core; return the seconds the import took there."""
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); begun = time.perf_counter(); import %s; "
+            "print(time.perf_counter() - begun)" % module)
+    done = subprocess.run([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=pinning(0))
+    if done.returncode:
+        raise Missing(done.stderr.decode().strip().splitlines()[-1])
+    return float(done.stdout)
