@@ -477,3 +477,494 @@ class Function(Framing):
         return size
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffers and the SessionManager
+# ---------------------------------------------------------------------------------------------------------------------
+
+# {exponent: ctypes array type}. Made here and nowhere else: free-threaded builds must not make types at run time.
+_ARRAYS = {power: ctypes.c_char * (1 << power) for power in range(SMALLEST_CLASS, LARGEST_CLASS + 1)}
+
+
+def _power(size: int) -> int:
+    """The exponent of the smallest class that holds *size* bytes."""
+    return max(SMALLEST_CLASS, (size - 1).bit_length())
+
+
+class Buffer:
+    """A ctypes char array of 2**power bytes, and a memoryview of it for copying and receiving into parts of it."""
+
+    __slots__ = ("array", "view", "size", "power", "pooled")
+
+    def __init__(self, power: int, pooled: bool) -> None:
+        self.array = _ARRAYS[power]()
+        self.view = memoryview(self.array).cast("B")    # type: ignore[arg-type]
+        self.size = 1 << power
+        self.power = power
+        self.pooled = pooled        # False: outside of the pool and its limit
+
+
+class Operation:
+    """An outstanding send (A4, SOCKETDATA): its session, how many bytes it has, how many are done, and the bytes.
+
+    `buffer` is its SendBuf; it is None when a large packet is referred to instead of being copied.
+    """
+
+    __slots__ = ("session", "wanted", "done", "buffer", "view")
+
+    session: Optional[Session]
+    view: memoryview
+
+    def __init__(self) -> None:
+        self.session = None
+        self.wanted = self.done = 0
+        self.buffer: Optional[Buffer] = None
+
+    def rest(self) -> memoryview:
+        """The bytes that are not sent yet."""
+        return self.view[self.done:self.wanted]
+
+
+class SessionManager:
+    """The memory pool that every queue shares (A4): slots of sessions, buffers by size class, send operations.
+
+    *max_sessions*: how many sessions may exist at once, of all Communicators together. *recv_buffer*: bytes of the first
+    RecvBuf of a packet whose length is not known yet. *classes*: {size in bytes: how many to make at once}, sizes being
+    powers of two from 4 bytes to 2 MiB. *send_operations*: operations kept for use again, per session.
+    *memory_limit*: bytes of all leased buffers; at the limit receiving waits until some come back. Raises ValueError.
+    """
+
+    def __init__(self, max_sessions: int = 10000, recv_buffer: int = RECV_BUFFER,
+                 classes: Optional[Dict[int, int]] = None, send_operations: int = 1,
+                 memory_limit: int = MEMORY_LIMIT) -> None:
+        if max_sessions < 1 or send_operations < 1:
+            raise ValueError("max_sessions and send_operations must be 1 or more")
+        if not 4 <= recv_buffer <= 1 << LARGEST_POOLED:
+            raise ValueError("recv_buffer is %r; it must be 4 to %d bytes" % (recv_buffer, 1 << LARGEST_POOLED))
+        self.max_sessions, self.recv_buffer, self.memory_limit = max_sessions, recv_buffer, memory_limit
+        self._lock = threading.Lock()       # guards all of the following
+        self._free: Dict[int, List[Buffer]] = {power: [] for power in range(SMALLEST_CLASS, LARGEST_POOLED + 1)}
+        self._made = dict.fromkeys(_ARRAYS, 0)
+        self._leased = dict.fromkeys(_ARRAYS, 0)
+        self._peak = dict.fromkeys(_ARRAYS, 0)
+        self._memory = 0                    # bytes leased
+        self._waiting: Deque[Session] = deque()         # sessions that need a RecvBuf at the limit
+        self._operations: List[Operation] = []          # free ones
+        self._operations_leased = 0
+        self._operations_max = max_sessions * send_operations
+        self._sessions = self._sessions_peak = 0
+        self._indices: List[int] = []       # indices given back
+        self._next_index = 0
+        self._listeners: Deque[Listener] = deque()      # they wait for a free slot
+        for size, count in (classes or {}).items():
+            power = _power(size)
+            if size != 1 << power or power > LARGEST_POOLED:
+                raise ValueError("there is no buffer class of %r bytes" % (size,))
+            self._free[power].extend(Buffer(power, True) for _ in range(count))
+            self._made[power] += count
+
+    def lease(self, size: int) -> Optional[Buffer]:
+        """A buffer of at least *size* bytes, or None when the memory limit is reached just now.
+
+        Raises PoolExhausted when *size* is over the whole limit or the largest class, so that waiting cannot help.
+        """
+        power = _power(size)
+        if power > LARGEST_CLASS or 1 << power > self.memory_limit:
+            raise PoolExhausted("a buffer of %d bytes is over the memory limit of %d bytes" % (size, self.memory_limit))
+        with self._lock:
+            if self._memory + (1 << power) > self.memory_limit:
+                return None
+            self._memory += 1 << power
+            self._leased[power] += 1
+            self._peak[power] = max(self._peak[power], self._leased[power])
+            free = self._free.get(power)
+            if free:
+                return free.pop()
+            self._made[power] += 1
+        return Buffer(power, True)
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Return a leased buffer. Who waits for memory is told."""
+        if not buffer.pooled:
+            return
+        with self._lock:
+            if not self._leased[buffer.power]:
+                raise LeviathanError("a buffer of %d bytes was given back twice" % buffer.size)
+            self._leased[buffer.power] -= 1
+            self._memory -= buffer.size
+            if buffer.power in self._free:
+                self._free[buffer.power].append(buffer)
+            else:
+                self._made[buffer.power] -= 1           # as large as this it goes back to the system
+            waiting, self._waiting = self._waiting, deque()
+        for session in waiting:
+            session.resume_for(PAUSED_MEMORY)
+
+    def wait_for_memory(self, session: Session) -> None:
+        """Have *session* resumed when a buffer comes back."""
+        with self._lock:
+            if self._memory:
+                self._waiting.append(session)
+                return
+        session.resume_for(PAUSED_MEMORY)   # all came back meanwhile
+
+    def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
+        """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""
+        with self._lock:
+            operation = self._operations.pop() if self._operations else Operation()
+            self._operations_leased += 1
+        size = len(data) - sent
+        buffer = self.lease(size) if size <= min(COPY_MAX, self.memory_limit) else None
+        operation.session, operation.buffer = session, buffer
+        if buffer is not None:
+            buffer.view[:size] = memoryview(data)[sent:]
+            operation.view, operation.done, operation.wanted = buffer.view, 0, size
+        else:
+            operation.view, operation.done, operation.wanted = memoryview(data), sent, len(data)
+        return operation
+
+    def end_send(self, operation: Operation) -> None:
+        """Return an operation and its SendBuf."""
+        if operation.buffer is not None:
+            self.give_back(operation.buffer)
+        operation.session = operation.buffer = None
+        operation.view = memoryview(b"")
+        with self._lock:
+            self._operations_leased -= 1
+            if len(self._operations) < self._operations_max:
+                self._operations.append(operation)
+
+    def take_slot(self, waiting: Optional[Listener] = None) -> Optional[int]:
+        """A session's index, or None when all are taken; then *waiting* is told when one is free."""
+        with self._lock:
+            if self._sessions >= self.max_sessions:
+                if waiting is not None and waiting not in self._listeners:
+                    self._listeners.append(waiting)
+                return None
+            self._sessions += 1
+            self._sessions_peak = max(self._sessions_peak, self._sessions)
+            if self._indices:
+                return self._indices.pop()
+            self._next_index += 1
+            return self._next_index - 1
+
+    def give_slot(self, index: int) -> None:
+        """Return a session's index. Listeners that wait for one accept again."""
+        with self._lock:
+            self._sessions -= 1
+            self._indices.append(index)
+            listeners, self._listeners = self._listeners, deque()
+        for listener in listeners:
+            listener.rearm()
+
+    def statistics(self) -> Dict[str, Any]:
+        """Counts now: sessions, operations, and by class in bytes what was made, is leased, is free, and the high water."""
+        with self._lock:
+            return {
+                "sessions": self._sessions, "sessions_high": self._sessions_peak, "max_sessions": self.max_sessions,
+                "operations": self._operations_leased, "memory": self._memory, "memory_limit": self.memory_limit,
+                "waiting": len(self._waiting), "leased": sum(self._leased.values()),
+                "classes": {1 << power: {"made": made, "leased": self._leased[power], "high": self._peak[power],
+                                         "free": len(self._free.get(power, ()))}
+                            for power, made in self._made.items() if made or self._peak[power]}}
+
+
+_default_manager: List[SessionManager] = []
+_default_lock = threading.Lock()            # guards _default_manager
+
+
+def default_manager() -> SessionManager:
+    """The SessionManager of everybody who names none; made at its first use."""
+    with _default_lock:
+        if not _default_manager:
+            _default_manager.append(SessionManager())
+        return _default_manager[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Session
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Why receiving is paused: bits of Channel.paused. Receiving is armed while it is 0.
+PAUSED_USER = 1
+PAUSED_UNSENT = 2
+PAUSED_MEMORY = 4
+PAUSED_ENDED = 8
+
+
+class Channel:
+    """The half of a session that its engine works with; only the thread that owns the session touches it.
+
+    `posted` and `state` are the exceptions: the engine's lock guards them. Users need none of this.
+    """
+
+    __slots__ = ("socket", "worker", "thread", "cork", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
+                 "need", "room", "seen", "paused", "interest", "last", "since", "received", "state", "reason", "error",
+                 "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "waiters")
+
+    ENDED = PAUSED_ENDED
+    SHUTDOWN = Reason.SHUTDOWN
+
+    socket: Any
+    worker: Any                     # the engine's
+    thread: int                     # ident of the thread whose sends need no lock; 0: none
+    cork: Any                       # called with the session when the first bytes are queued
+    out: List[bytes]                # queued behind the outstanding send
+    unsent: int                     # bytes queued and outstanding
+    posted: int                     # bytes that other threads have queued and the owner has not seen yet
+    sending: Optional[Operation]    # the outstanding send
+    marks: Optional[_Marks]         # on_sent callbacks
+    partial: Optional[Buffer]       # the RecvBuf, with an incomplete packet
+    filled: int                     # bytes in it
+    need: int                       # bytes of the packet that begins in it; 0: not known
+    room: Optional[memoryview]      # where the next receive goes
+    seen: int                       # bytes of it that the framing has searched already
+    paused: int                     # PAUSED_ bits
+    interest: int                   # what the epoll watches for
+    last: float                     # when something was received last
+    since: float                    # when the incomplete packet's first byte came; 0: there is none
+    received: Callable[[Session, Any, int], None]       # the framing's receiver; a TLS layer would go in here
+    state: State
+    reason: Optional[Reason]
+    error: Optional[BaseException]
+    fin: bool                       # the user has half-closed
+    eof: bool                       # the peer has
+    aborted: bool                   # thrown away, not sent to the end
+    high_water: int
+    low_water: int
+    send_limit: int
+    waiters: Any
+
+
+class _Marks:
+    """on_sent callbacks by position in the stream."""
+
+    __slots__ = ("sent", "queue")
+
+    def __init__(self) -> None:
+        self.sent = 0                                       # bytes sent since there are marks
+        self.queue: Deque[Tuple[int, OnSent]] = deque()     # (position at which it is due, callback)
+
+
+class Session(Channel):
+    """One connection. A new object for each; one that outlives its connection answers False and reaches nobody.
+
+    `id` is its index in the pool, `peer` its address, `kind` client or server, `tag` and `data` are the user's own,
+    `communicator` what it belongs to (A6).
+    """
+
+    __slots__ = ("id", "peer", "kind", "tag", "data", "communicator", "connector", "opened", "__weakref__")
+
+    def __init__(self, communicator: Communicator, index: int, kind: Kind, peer: Any) -> None:
+        self.id = index
+        self.peer = peer
+        self.kind = kind
+        self.tag: Any = communicator.tag
+        self.data: Any = None
+        self.communicator = communicator
+        self.connector: Optional[Connector] = None
+        self.opened = False         # on_connect was called, so on_disconnect will be
+        self.socket = self.worker = self.cork = self.sending = self.marks = self.partial = self.room = None
+        self.reason = self.error = self.waiters = None
+        self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
+        self.out = []
+        self.last = self.since = 0.0
+        self.received = communicator._received
+        self.state = State.CONNECTING
+        self.fin = self.eof = self.aborted = False
+        self.high_water, self.low_water = communicator.high_water, communicator.low_water
+        self.send_limit = communicator.send_limit
+
+    def __repr__(self) -> str:
+        return "<Session %d %s %s %s>" % (self.id, self.kind.value, _address_text(self.peer), self.state.value)
+
+    # -- any thread: the user's -----------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """True from on_connect until the end begins."""
+        return self.state is State.OPEN
+
+    @property
+    def backlog(self) -> int:
+        """Bytes queued and not yet with the kernel."""
+        return self.unsent + self.posted
+
+    def send(self, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
+        """Queue *packet*, encoded by the framing (A7). Any thread; never waits.
+
+        True if it is queued, False if the session is closed or closing. *on_sent(session, ok)* is called exactly once
+        after a True: ok is True when the last byte is with the kernel, False when the connection ended before.
+        Raises what the framing's encode raises: ValueError or TypeError for what it cannot carry.
+        """
+        # The fast path: on the thread that owns the session, which is where handlers run. get_ident() is 30 ns, a lock
+        # would be 80. `thread` is 0 once the session is closing, so no state is asked here.
+        if get_ident() == self.thread and on_sent is None:
+            framing = self.communicator.framing
+            pack = framing.pack
+            size = len(packet) if pack is not None else SEND_INLINE
+            if size < SEND_INLINE:
+                try:
+                    data = pack(size) + packet          # type: ignore[misc]
+                except struct.error:
+                    data = framing.encode(packet)       # says in words what does not fit
+                out = self.out
+                if not out:
+                    self.cork(self)
+                out.append(data)
+                self.unsent = unsent = self.unsent + len(data)
+                if unsent > self.high_water:
+                    self.worker.congested(self)
+                return True
+        return self._queue(self._encode(packet), on_sent)
+
+    def write(self, data: BytesLike, on_sent: Optional[OnSent] = None) -> bool:
+        """Queue raw bytes, past the framing. Otherwise like `send`."""
+        return self._queue((bytes(data),), on_sent)
+
+    def close(self) -> bool:
+        """End the session after what is queued was sent. False if it is ending already."""
+        return self.end(True, Reason.NORMAL, None)
+
+    def abort(self) -> bool:
+        """End the session at once; what is queued is thrown away. False if it has ended already."""
+        return self.end(False, Reason.NORMAL, None)
+
+    def finish(self) -> None:
+        """Half-close: no more is sent after what is queued; receiving goes on. `send` answers False from now on."""
+        self.communicator.queue.engine.shutdown(self)
+
+    def pause(self) -> None:
+        """Receive no more until `resume`: the peer is slowed down by TCP itself. On the session's thread it is immediate."""
+        self._on_owner(self._pause_for, PAUSED_USER)
+
+    def resume(self) -> None:
+        """Receive again after `pause`."""
+        self.resume_for(PAUSED_USER)
+
+    # -- any thread: leviathan's ----------------------------------------------------------------------------------
+
+    def _encode(self, packet: Any) -> Tuple[bytes, ...]:
+        framing = self.communicator.framing
+        if framing.pack is not None and len(packet) >= SEND_INLINE and type(packet) is bytes:
+            try:
+                return framing.pack(len(packet)), packet        # beside its header: copying 1 MiB takes 60 us
+            except struct.error:
+                pass                                            # encode says in words what does not fit
+        return framing.encode(packet),
+
+    def _queue(self, chunks: Tuple[bytes, ...], on_sent: Optional[OnSent]) -> bool:
+        worker = self.worker
+        if worker is None or self.state is not State.OPEN:
+            return False
+        return bool(self.communicator.queue.engine.send(self, chunks, on_sent))
+
+    def end(self, drain: bool, reason: Optional[Reason], error: Optional[BaseException]) -> bool:
+        """Close or abort for *reason*; the first one is the one that is reported."""
+        if self.worker is None or self.state in (State.ABORTED, State.CLOSED) or drain and self.state is State.CLOSING:
+            return False
+        self.communicator.queue.engine.close(self, drain, reason, error)
+        return True
+
+    def _on_owner(self, function: Callable[..., Any], *args: Any) -> None:
+        if get_ident() == self.thread:
+            function(*args)
+        elif self.worker is not None:
+            self.communicator.queue.engine.run_on_owner(self, function, *args)
+
+    def resume_for(self, bit: int) -> None:
+        """Take one cause of a pause away."""
+        if self.worker is not None:
+            self.communicator.queue.engine.run_on_owner(self, self._resume_for, bit)
+
+    # -- owner thread ---------------------------------------------------------------------------------------------
+
+    def _pause_for(self, bit: int) -> None:
+        self.paused |= bit
+        self.communicator.queue.engine.pause(self)
+
+    def _resume_for(self, bit: int) -> None:
+        if self.paused & bit:
+            self.paused &= ~bit
+            if not self.paused:
+                self.communicator.queue.engine.receive(self)
+
+    def move(self, event: str) -> bool:
+        """Take a step in `_LIFE`. False, and nothing changed, where there is none."""
+        following = _LIFE.get((self.state, event))
+        if following is None:
+            return False
+        if following is State.ABORTED:
+            self.aborted = True
+        self.state = following
+        return True
+
+    def is_open(self) -> bool:
+        """Bytes may be received and queued."""
+        return self.state is State.OPEN
+
+    def is_ended(self) -> bool:
+        """What is queued is of no use any more."""
+        return self.state in (State.LINGERING, State.ABORTED, State.CLOSED)
+
+    def is_gone(self) -> bool:
+        """on_closed was called."""
+        return self.state is State.CLOSED
+
+    def because(self, reason: Optional[Reason], error: Optional[BaseException]) -> None:
+        """Note why the session ends, unless that is known. Without a reason, an error is one."""
+        if self.reason is None:
+            self.reason = reason or (Reason.NORMAL if error is None else Reason.ERROR)
+            self.error = error
+
+    def fail(self, error: BaseException) -> None:
+        """Connecting failed."""
+        self.because(Reason.ERROR, error)
+
+    def mark(self, on_sent: OnSent) -> None:
+        """*on_sent* is due when all that is unsent now is sent."""
+        if self.marks is None:
+            self.marks = _Marks()
+        self.marks.queue.append((self.marks.sent + self.unsent, on_sent))
+
+    def progress(self, sent: int) -> None:
+        """*sent* more bytes are with the kernel."""
+        marks = self.marks
+        if marks is None:
+            return
+        marks.sent += sent
+        while marks.queue and marks.queue[0][0] <= marks.sent:
+            # By the mail: a completion never runs inside of a verb.
+            self.worker.post(_Core.on_sent, self, marks.queue.popleft()[1], True)
+        if not marks.queue:
+            self.marks = None
+
+    def congested(self) -> None:
+        """More is unsent than the high-water mark: receive no more until the peer has taken some of it."""
+        if not self.paused & PAUSED_UNSENT:
+            self._pause_for(PAUSED_UNSENT)
+            self._tell_pressure(True)
+
+    def relieved(self) -> None:
+        """Less is unsent than the low-water mark."""
+        if self.paused & PAUSED_UNSENT:
+            self._resume_for(PAUSED_UNSENT)
+            self._tell_pressure(False)
+
+    def _tell_pressure(self, congested: bool) -> None:
+        if self.communicator.on_backpressure is not None:
+            self.worker.post(_guarded, self, self.communicator.on_backpressure, congested)
+
+    def overflow(self) -> None:
+        """The hard limit of unsent bytes is reached."""
+        if self.reason is None:
+            _log().warning("%s does not read: %d bytes unsent; closing it", _address_text(self.peer), self.backlog)
+        self.end(False, Reason.OVERFLOW, None)
+
+
+def _address_text(address: Any) -> str:
+    """host:port, [host]:port, or a unix socket's path."""
+    if isinstance(address, tuple) and len(address) >= 2:
+        return ("[%s]:%d" if ":" in str(address[0]) else "%s:%d") % (address[0], address[1])
+    return str(address or "unix socket")
+
+
