@@ -968,3 +968,574 @@ def _address_text(address: Any) -> str:
     return str(address or "unix socket")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Completions: what an engine tells the core. All run on the thread that owns the session, and never inside of a verb.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _guarded(session: Session, function: Callable[..., Any], *args: Any) -> None:
+    """Call a user's function about a session. If it raises, that costs the session, not the thread."""
+    try:
+        function(session, *args)
+    except BaseException as error:
+        _failed(session, error)
+
+
+def _failed(session: Session, error: BaseException) -> None:
+    """Something raised while a session's input was handled: log one line, end that session."""
+    if session.reason is not None:
+        return
+    peer = _address_text(session.peer)
+    if isinstance(error, FramingError):
+        _log().warning("%s broke the protocol: %s; closing it", peer, error)
+        session.end(True, Reason.PROTOCOL, error)
+    else:
+        _log().error("a callback failed for %s; closing it", peer, exc_info=error)
+        session.end(False, Reason.ERROR, error)
+
+
+def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
+    """Put what is left of a receive, buffer[start:end], into the session's RecvBuf, or give that one back (B2).
+
+    The RecvBuf is as large as the packet whose length is known; otherwise it doubles as the packet grows. A large packet
+    is received exactly to its end, so that nothing of the next one must be moved out from behind it.
+    """
+    partial = session.partial
+    have = end - start
+    if not have or session.paused & PAUSED_ENDED:
+        _give_back_partial(session)
+        return
+    manager = session.communicator.manager
+    if start or not session.since:
+        session.since = session.worker.now
+    try:
+        need = session.communicator.framing.parse(buffer, start, end, 0 if start else session.seen)
+        session.need = need
+        session.seen = 0 if session.paused else have
+        least = manager.recv_buffer
+        if partial is not None and end == partial.size:
+            least = min(GROW_MAX, 2 * partial.size)
+        if not need:
+            least = max(least, min(2 * have, session.communicator.framing.max_packet))
+        size = max(need, have + 1, least)
+        if partial is not None and partial.pooled and partial.size >= size:
+            if start:
+                partial.view[:have] = partial.view[start:end]
+            larger: Optional[Buffer] = partial
+        else:
+            larger = manager.lease(size)
+    except BaseException as error:
+        _failed(session, error)
+        _give_back_partial(session)
+        return
+    waits = larger is None
+    if larger is None:
+        larger = Buffer(_power(have), False)        # no more than one receive's worth for each session
+    if larger is not partial:
+        larger.view[:have] = buffer[start:end]
+        if partial is not None:
+            manager.give_back(partial)
+    session.partial, session.filled = larger, have
+    session.room = larger.view[have:need if need > GROW_MAX else larger.size]
+    if waits:
+        session.seen = session.need = 0
+        session._pause_for(PAUSED_MEMORY)
+        manager.wait_for_memory(session)
+
+
+def _give_back_partial(session: Session) -> None:
+    if session.partial is not None:
+        session.communicator.manager.give_back(session.partial)
+        session.partial = session.room = None
+    session.filled = session.need = session.seen = 0
+    session.since = 0.0
+
+
+class _Core:
+    """What the engines get: the completions of the contract, and what they must ask."""
+
+    begin_send = staticmethod(lambda session, data, sent: session.communicator.manager.begin_send(session, data, sent))
+    end_send = staticmethod(lambda operation: operation.session.communicator.manager.end_send(operation))
+
+    @staticmethod
+    def scratch(size: int) -> Any:
+        """A buffer for an engine's thread."""
+        return _ARRAYS[_power(size)]()
+
+    @staticmethod
+    def reserve(listener: Listener) -> bool:
+        """Take the room for one more session before it is accepted. False: none; `accept` is called when there is."""
+        index = listener.serve._take_slot(listener)
+        if index is None:
+            return False
+        listener.reserved = index
+        return True
+
+    @staticmethod
+    def release(listener: Listener) -> None:
+        """Nothing was accepted after all."""
+        listener.serve._give_slot(listener.reserved)
+
+    @staticmethod
+    def on_accepted(listener: Listener, sock: Any, address: Any) -> None:
+        """A connection came in: it goes to a thread of the queue that serves it (I6)."""
+        communicator = listener.serve
+        if isinstance(address, tuple):
+            address = (sys.intern(address[0]),) + address[1:2]      # one string for all connections from a host
+        session = Session(communicator, listener.reserved, Kind.CLIENT, address or listener.address)
+        communicator.sessions._add(session)
+        communicator.queue.engine.attach(session, sock, listener.thread if communicator is listener.communicator else None)
+
+    @staticmethod
+    def on_connected(session: Session) -> None:
+        """A session has come to its thread and begins."""
+        if session.connector is not None and not session.connector._established(session):
+            session.end(False, Reason.NORMAL, None)
+            return
+        session.opened = True
+        on_connect = session.communicator.on_connect
+        if on_connect is not None:
+            _guarded(session, on_connect)
+
+    @staticmethod
+    def on_eof(session: Session) -> None:
+        """The peer sends no more."""
+        session.eof = True
+        if session.filled:
+            error = FramingError("the connection ended inside of a packet, after %d bytes of it" % session.filled)
+            session.end(True, Reason.ERROR, error)
+        elif session.communicator.on_eof is None or session.fin:
+            session.end(True, Reason.NORMAL, None)
+        else:
+            session._pause_for(PAUSED_ENDED)
+            _guarded(session, session.communicator.on_eof)
+
+    @staticmethod
+    def on_sent(session: Session, callback: OnSent, ok: bool) -> None:
+        """The callback of a send is due."""
+        _guarded(session, callback, ok)
+
+    @staticmethod
+    def on_resumed(session: Session) -> None:
+        """A pause is over: handle what has been received before it."""
+        if session.since:
+            session.since = session.worker.now
+        if session.partial is not None and not session.filled < session.need:
+            session.received(session, session.partial.array, session.filled)
+
+    @staticmethod
+    def on_closed(session: Session, error: Optional[BaseException]) -> None:
+        """The last completion of a session: everything goes back, then its owner is told, once."""
+        communicator = session.communicator
+        _give_back_partial(session)
+        marks, session.marks = session.marks, None
+        if marks is not None:
+            for _, callback in marks.queue:
+                _guarded(session, callback, False)
+        communicator.sessions._remove(session)
+        reason = session.reason or Reason.NORMAL
+        try:
+            if session.opened and communicator.on_disconnect is not None:
+                communicator.on_disconnect(session, reason, error)
+        except BaseException as problem:
+            _Core.on_failed(communicator.on_disconnect, problem)
+        finally:
+            communicator._give_slot(session.id)
+            if session.connector is not None:
+                session.connector._closed(session, reason, error)
+
+    @staticmethod
+    def on_listener_failed(listener: Listener, error: OSError, pause: float) -> None:
+        """accept() failed; with a *pause* in seconds it is tried again, without one the listener is closed."""
+        if not pause:
+            _log().error("%s failed and is closed: %s", listener, error)
+        elif not listener.short:
+            listener.short = True           # one line for one shortage, not one for every attempt
+            _log().error("%s cannot accept: %s; connections wait, those that are there go on", listener, error)
+
+    @staticmethod
+    def on_failed(function: Any, error: BaseException) -> None:
+        """An event's or a timer's function raised; its thread goes on."""
+        _log().error("%s failed", _name_of(function), exc_info=error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine of this system: the only place where the core asks what system this is
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BUNDLED: Dict[str, Tuple[int, str]] = {}       # {module name: (line it begins at, source)}, filled in by `bundle`
+
+
+def _load_engine() -> Any:
+    """The engine's module: from this file if it is a bundle, else from beside it, in a package or flat."""
+    name = "leviathan_win" if sys.platform == "win32" else "leviathan_linux"
+    if name in _BUNDLED:
+        import types
+        line, source = _BUNDLED[name]
+        module = types.ModuleType(name)
+        sys.modules[__name__ + "." + name] = module
+        # As many empty lines in front as make its line numbers those of the bundle, for tracebacks.
+        exec(compile("\n" * (line - 1) + source, __file__, "exec", dont_inherit=True), module.__dict__)
+        return module
+    import importlib
+    package = __package__ or ""
+    try:
+        return importlib.import_module("." + name if package else name, package or None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.endswith(name):
+            raise
+        raise ImportError("leviathan needs %s.py on this system: copy it next to %s, or make one file of all with "
+                          "`python leviathan.py bundle PATH`" % (name, os.path.abspath(__file__))) from None
+
+
+_engine = _load_engine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EventQueue
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _default_threads() -> int:
+    """1 under a GIL, where more threads are slower (2: 0.78x, 4: 0.52x); the CPU count without."""
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        return 1
+    return os.cpu_count() or 1
+
+
+class EventQueue:
+    """A pool of *threads* that serves events, timers and the sockets of the Communicators it is given to (A2, I6).
+
+    On Linux that is one epoll for each thread, on Windows one completion port for all. *name* begins the threads' names.
+    Raises ValueError.
+    """
+
+    def __init__(self, threads: Optional[int] = None, name: str = "leviathan") -> None:
+        self.threads = _default_threads() if threads is None else threads
+        if self.threads < 1:
+            raise ValueError("threads is %r; a queue has 1 or more" % (threads,))
+        self.name = name
+        self._lock = threading.Lock()       # guards _made and _stopped
+        self._made: Any = None
+        self._stopped = False
+
+    @property
+    def engine(self) -> Any:
+        """The engine; its descriptors are opened at the first use."""
+        if self._made is None:
+            with self._lock:
+                if self._made is None:
+                    self._made = _engine.Engine(_Core, self.name, self.threads)
+        return self._made
+
+    def start(self) -> None:
+        """Start the threads. A second start does nothing; a stopped queue cannot be started: RuntimeError."""
+        if self._stopped:
+            raise RuntimeError("the queue has been stopped; make a new one")
+        self.engine.start()
+
+    def stop(self) -> None:
+        """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own."""
+        with self._lock:
+            if self._stopped or self._made is None:
+                self._stopped = True
+                return
+        self._made.stop()
+        self._stopped = True
+
+    def post(self, function: Callable[..., Any], *args: Any) -> bool:
+        """Call function(*args) on whichever thread is idle, once. Any thread. False when the queue has stopped."""
+        return not self._stopped and bool(self.engine.post(_watched(function), *args))
+
+    def call_later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+        """Call function(*args) in *seconds*. Returns a handle with `cancel()`."""
+        return self.engine.call_later(max(0.0, seconds), 0.0, _watched(function), *args)
+
+    def every(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+        """Call function(*args) every *seconds*, never twice at once. Returns a handle with `cancel()`."""
+        if seconds <= 0:
+            raise ValueError("seconds is %r; it must be more than 0" % (seconds,))
+        return self.engine.call_later(seconds, seconds, _watched(function), *args)
+
+    def statistics(self) -> Dict[str, int]:
+        """What its threads have done since the start: counters by name."""
+        return dict(self.engine.statistics())
+
+
+SLOW_HANDLER = 0.1              # seconds: what LEVIATHAN_DEBUG reports
+
+
+def _watched(function: Any) -> Any:
+    """*function* itself; with LEVIATHAN_DEBUG=1 one that reports calls over SLOW_HANDLER by name."""
+    if function is None or not os.environ.get("LEVIATHAN_DEBUG"):
+        return function
+
+    def watched(*args: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*args)
+        finally:
+            took = time.monotonic() - began
+            if took > SLOW_HANDLER:
+                _log().warning("%s took %.3f s; its thread served nobody meanwhile", _name_of(function), took)
+
+    watched.__qualname__ = _name_of(function)
+    return watched
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Communicator
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ConnectionList:
+    """The open sessions of a Communicator (A2): len(), iteration over a copy, `in`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()       # guards the rest
+        self._sessions: Dict[int, Session] = {}         # {index: session}
+        self._clients = 0                   # accepted, or about to be
+        self._waiting: List[Listener] = []  # they wait for one client less
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        with self._lock:
+            sessions = list(self._sessions.values())
+        return iter(sessions)
+
+    def __contains__(self, session: object) -> bool:
+        return isinstance(session, Session) and self._sessions.get(session.id) is session
+
+    def _add(self, session: Session) -> None:
+        with self._lock:
+            self._sessions[session.id] = session
+
+    def _remove(self, session: Session) -> None:
+        with self._lock:
+            self._sessions.pop(session.id, None)
+
+
+class Listener:
+    """A listening socket (A5). `address`: what it is bound to; `close()`: listen no more, keep the sessions."""
+
+    kind = Kind.LISTEN
+
+    def __init__(self, communicator: Communicator, serve: Communicator, thread: Optional[int], unix: str) -> None:
+        self.communicator, self.serve, self.thread, self.unix = communicator, serve, thread, unix
+        self.socket: Any = None             # the engine's, as are worker, pause and closed
+        self.worker: Any = None
+        self.pause = 0.1
+        self.closed = False
+        self.short = False                  # a shortage was reported
+        self.reserved = -1                  # the slot of the session that is being accepted
+        self.address: Any = None
+
+    def __repr__(self) -> str:
+        return "<Listener %s>" % _address_text(self.address)
+
+    def rearm(self) -> None:
+        """There is room again."""
+        if not self.closed:
+            self.communicator.queue.engine.accept(self)
+
+    def close(self) -> None:
+        """Listen no more. The sessions it accepted go on."""
+        self.closed = True
+        self.communicator.queue.engine.unlisten(self)
+
+
+class Communicator:
+    """A protocol's server, client or both (A1): joins sockets to a queue, cuts what they receive into packets.
+
+    *framing*: a Framing, or a function `parse(view) -> int`. *on_packet(session, packet)*: gets each packet; a session's
+    packets come in order and never two at once. *on_connect(session)*: comes first. *on_disconnect(session, reason,
+    error)*: comes last, exactly once for each on_connect. *on_eof(session)*: the peer sends no more; with it the session
+    stays open for sending until you close it, without it it is closed when all is sent. *on_backpressure(session,
+    congested)*: more than *high_water* bytes are unsent (True), less than *low_water* again (False); meanwhile the session
+    receives nothing. *queue*: an EventQueue, its own if none. *manager*: a SessionManager, the shared one if none.
+    *max_clients*: accepted sessions at once (None: only the manager's limit; 0: none). *idle_timeout*: seconds without
+    anything received; *packet_timeout*: seconds from a packet's first byte to its last; 0: for ever. *send_limit*: unsent
+    bytes at which a peer that does not read is closed (one packet of any size is let through). *name* is for log lines,
+    *tag* is the sessions' first `tag`. Raises TypeError and ValueError.
+    """
+
+    def __init__(self, framing: Union[Framing, Callable[[memoryview], int]], on_packet: OnPacket, *,
+                 on_connect: Optional[OnConnect] = None, on_disconnect: Optional[OnDisconnect] = None,
+                 on_eof: Optional[OnConnect] = None,
+                 on_backpressure: Optional[Callable[[Session, bool], Any]] = None,
+                 queue: Optional[EventQueue] = None, manager: Optional[SessionManager] = None,
+                 max_clients: Optional[int] = None, idle_timeout: float = 0.0,
+                 packet_timeout: float = PACKET_TIMEOUT, high_water: int = HIGH_WATER, low_water: int = LOW_WATER,
+                 send_limit: int = SEND_LIMIT, name: str = "leviathan", tag: Any = None) -> None:
+        if not callable(on_packet):
+            raise TypeError("on_packet must be a function of a session and a packet")
+        if not isinstance(framing, Framing):
+            if not callable(framing):
+                raise TypeError("framing must be a Framing or a function parse(view) -> int")
+            framing = Function(framing)
+        if not 0 <= low_water <= high_water <= send_limit:
+            raise ValueError("it must be 0 <= low_water <= high_water <= send_limit")
+        self.framing: Framing = framing
+        self.on_connect = _watched(on_connect)
+        self.on_disconnect = _watched(on_disconnect)
+        self.on_eof = _watched(on_eof)
+        self.on_backpressure = _watched(on_backpressure)
+        self.queue = queue or EventQueue(name=name)
+        self.manager = manager or default_manager()
+        self.max_clients, self.idle_timeout, self.packet_timeout = max_clients, idle_timeout, packet_timeout
+        self.high_water, self.low_water, self.send_limit = high_water, low_water, send_limit
+        self.name, self.tag = name, tag
+        self.sessions = ConnectionList()
+        self.listeners: List[Listener] = []
+        self.connectors: List[Connector] = []
+        self._received = framing.receiver(_watched(on_packet), _keep, _failed)
+        self._lock = threading.Lock()       # guards listeners, connectors, closing, _sweeper and _full
+        self.closing = False
+        self._full = False                  # the limit was reported
+        self._sweeper: Any = None
+
+    # -- any thread -----------------------------------------------------------------------------------------------
+
+    def listen(self, port: int = 0, host: str = DEFAULT_HOST, *, unix: str = "", backlog: int = 1024,
+               thread: Optional[int] = None, serve: Optional[Communicator] = None) -> Listener:
+        """Listen on *host*:*port*, at once; call it as often as needed (A5). Port 0: the system chooses.
+
+        *host*: an IPv4 or IPv6 address or a name; "0.0.0.0" or "::" for all. *unix*: the path of a unix socket instead.
+        *thread*: the worker that accepts (E2). *serve*: another Communicator that gets the sessions (I6).
+        Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
+        """
+        serve = serve or self
+        if serve.max_clients == 0:
+            raise ValueError("max_clients is 0: this Communicator takes no clients")
+        listener = Listener(self, serve, thread, unix)
+        if unix:
+            family, address = getattr(socket, "AF_UNIX"), unix
+        else:
+            family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
+                                                          socket.AI_PASSIVE)[0]
+        with self._lock:
+            if self.closing:
+                raise RuntimeError("the Communicator is closed")
+            self.queue.engine.listen(listener, family, address, backlog, thread)
+            listener.address = unix or listener.socket.getsockname()[:2]
+            self.listeners.append(listener)
+        self._watch_time()
+        serve._watch_time()
+        listener.rearm()
+        return listener
+
+    def connect(self, host: str, port: int = 0, *, timeout: float = 10.0,
+                reconnect: Union[bool, Tuple[float, float]] = False, unix: str = "", thread: Optional[int] = None,
+                tag: Any = None, on_failure: Optional[Callable[[Connector, BaseException], Any]] = None) -> Connector:
+        """Connect out (A8), without waiting for it. Each connection is a new Session given to on_connect.
+
+        *timeout*: seconds for resolving and connecting. *reconnect*: True, or (first, longest) pause in seconds between
+        attempts; it doubles each time, with jitter, and starts again after a success. *on_failure(connector, error)* is
+        told of each attempt that failed. *unix*: a unix socket's path instead of host and port.
+        """
+        connector = Connector(self, unix or (host, port), timeout, reconnect, bool(unix), thread, tag, on_failure)
+        with self._lock:
+            if self.closing:
+                raise RuntimeError("the Communicator is closed")
+            self.connectors.append(connector)
+        self._watch_time()
+        self.queue.post(connector._attempt)
+        return connector
+
+    def broadcast(self, packet: Any) -> int:
+        """Send *packet* to every session; it is encoded once (A7). Returns how many it was queued for."""
+        data = self.framing.encode(packet)
+        return sum([session.write(data) for session in self.sessions])
+
+    def close(self) -> None:
+        """Listen and connect no more; every session is closed after what is queued for it was sent."""
+        self._close(Reason.NORMAL)
+
+    def start(self) -> None:
+        """Start the queue's threads. `run` and CommunicatorList.start do it for you."""
+        self.queue.start()
+
+    # -- leviathan's ----------------------------------------------------------------------------------------------
+
+    def _close(self, reason: Reason) -> None:
+        with self._lock:
+            self.closing = True
+            listeners, self.listeners = self.listeners, []
+            connectors, self.connectors = self.connectors, []
+            sweeper, self._sweeper = self._sweeper, None
+        if sweeper is not None:
+            sweeper.cancel()
+        for listener in listeners:
+            listener.close()
+        for connector in connectors:
+            connector._give_up()
+        for session in self.sessions:
+            session.end(True, reason, None)
+        _closings.check()
+
+    def _closed(self) -> bool:
+        """True when nothing of it is left."""
+        return self.closing and not len(self.sessions)
+
+    def _take_slot(self, listener: Optional[Listener]) -> Optional[int]:
+        """A slot for a client (with *listener*) or an outgoing connection, or None at one of the limits."""
+        sessions = self.sessions
+        limit = self.max_clients
+        if listener is not None:
+            with sessions._lock:
+                if limit is not None and sessions._clients >= limit or self.closing:
+                    if listener not in sessions._waiting:
+                        sessions._waiting.append(listener)
+                    self._report_full(limit)
+                    return None
+                sessions._clients += 1
+        index = self.manager.take_slot(listener)
+        if index is None and listener is not None:
+            with sessions._lock:
+                sessions._clients -= 1
+            self._report_full(self.manager.max_sessions)
+        return index
+
+    def _report_full(self, limit: Optional[int]) -> None:
+        if not self._full and not self.closing:
+            self._full = True
+            _log().warning("%s has reached its connection limit (%s), no longer accepting new connections",
+                           self.name, limit)
+
+    def _give_slot(self, index: int, client: bool = True) -> None:
+        """Return a slot; listeners that waited for it accept again."""
+        sessions = self.sessions
+        self.manager.give_slot(index)
+        with sessions._lock:
+            if client:
+                sessions._clients -= 1
+            waiting, sessions._waiting = sessions._waiting, []
+        self._full = False
+        for listener in waiting:
+            listener.rearm()
+        if self.closing:
+            _closings.check()
+
+    def _watch_time(self) -> None:
+        """Start the timer that looks for idle and slow sessions, if there is a timeout."""
+        timeouts = [seconds for seconds in (self.idle_timeout, self.packet_timeout) if seconds]
+        with self._lock:
+            if timeouts and self._sweeper is None and not self.closing:
+                # A quarter of the shortest, so that nobody stays much longer than said; no more than once a second.
+                self._sweeper = self.queue.every(max(0.01, min(1.0, min(timeouts) / 4)), self._sweep)
+
+    def _sweep(self) -> None:
+        """End the sessions whose time is over."""
+        now = time.monotonic()
+        for session in self.sessions:
+            if session.state is not State.OPEN or not session.last:
+                continue
+            if self.idle_timeout and now - session.last > self.idle_timeout:
+                error = TimeoutError("nothing received for %.3g s" % self.idle_timeout)
+            elif self.packet_timeout and session.since and not session.paused and \
+                    now - session.since > self.packet_timeout:
+                error = TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
+            else:
+                continue
+            session.end(not session.backlog, Reason.TIMEOUT, error)
+
+
