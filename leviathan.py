@@ -699,7 +699,7 @@ class Channel:
 
     __slots__ = ("socket", "worker", "thread", "cork", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
                  "need", "room", "seen", "paused", "interest", "last", "since", "received", "state", "reason", "error",
-                 "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "waiters")
+                 "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline")
 
     ENDED = PAUSED_ENDED
     SHUTDOWN = Reason.SHUTDOWN
@@ -732,7 +732,7 @@ class Channel:
     high_water: int
     low_water: int
     send_limit: int
-    waiters: Any
+    deadline: Any                   # the timer of its closing
 
 
 class _Marks:
@@ -764,7 +764,7 @@ class Session(Channel):
         self.connector: Optional[Connector] = None
         self.opened = False         # on_connect was called, so on_disconnect will be
         self.socket = self.worker = self.cork = self.sending = self.marks = self.partial = self.room = None
-        self.reason = self.error = self.waiters = None
+        self.reason = self.error = self.deadline = None
         self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
         self.out = []
         self.last = self.since = 0.0
@@ -1073,7 +1073,7 @@ class _Core:
     @staticmethod
     def release(listener: Listener) -> None:
         """Nothing was accepted after all."""
-        listener.serve._give_slot(listener.reserved)
+        listener.serve._give_slot(listener.reserved, True)
 
     @staticmethod
     def on_accepted(listener: Listener, sock: Any, address: Any) -> None:
@@ -1139,7 +1139,7 @@ class _Core:
         except BaseException as problem:
             _Core.on_failed(communicator.on_disconnect, problem)
         finally:
-            communicator._give_slot(session.id)
+            communicator._give_slot(session.id, session.kind is Kind.CLIENT)
             if session.connector is not None:
                 session.connector._closed(session, reason, error)
 
@@ -1501,7 +1501,7 @@ class Communicator:
             _log().warning("%s has reached its connection limit (%s), no longer accepting new connections",
                            self.name, limit)
 
-    def _give_slot(self, index: int, client: bool = True) -> None:
+    def _give_slot(self, index: int, client: bool) -> None:
         """Return a slot; listeners that waited for it accept again."""
         sessions = self.sessions
         self.manager.give_slot(index)
@@ -1539,3 +1539,386 @@ class Communicator:
             session.end(not session.backlog, Reason.TIMEOUT, error)
 
 
+class Connector:
+    """An outgoing connection that is being made, kept up or given up (A8).
+
+    `session`: the Session, None while there is none; `connected`; `error`: why the last attempt failed; `address`.
+    """
+
+    def __init__(self, communicator: Communicator, address: Any, timeout: float,
+                 reconnect: Union[bool, Tuple[float, float]], unix: bool, thread: Optional[int], tag: Any,
+                 on_failure: Optional[Callable[[Connector, BaseException], Any]]) -> None:
+        if timeout <= 0:
+            raise ValueError("timeout is %r; it must be more than 0 seconds" % (timeout,))
+        # From 0.1 s, doubled up to 30 s: soon enough for a restart, seldom enough for an outage.
+        first, longest = (0.1, 30.0) if isinstance(reconnect, bool) else reconnect
+        if not 0 < first <= longest:
+            raise ValueError("reconnect is %r; it must be 0 < first <= longest" % (reconnect,))
+        self.communicator, self.address, self.unix, self.thread = communicator, address, unix, thread
+        self.timeout, self.reconnect, self.first, self.longest = timeout, bool(reconnect), first, longest
+        self.tag, self.on_failure = tag, _watched(on_failure)
+        self._changed = threading.Condition()   # guards the rest
+        self.session: Optional[Session] = None
+        self.error: Optional[BaseException] = None
+        self._pause = first
+        self._dialling: Optional[Session] = None
+        self._left: List[Tuple[int, Any]] = []  # addresses of this attempt that were not tried yet
+        self._attempts = 0
+        self._timer: Any = None
+        self._gone = False                      # closed, or failed with no reconnect
+        self._reported = False                  # the failure was logged
+
+    def __repr__(self) -> str:
+        return "<Connector %s %s>" % (_address_text(self.address), "connected" if self.connected else "down")
+
+    # -- any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """True while there is an open session."""
+        session = self.session
+        return session is not None and session.connected
+
+    def wait(self, timeout: Optional[float] = None) -> Session:
+        """Wait for the connection and return its session; not on a queue's thread.
+
+        Raises TimeoutError after *timeout* seconds, or ConnectionError when the attempt failed and is not repeated.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.session is not None or self._gone, timeout)
+            if self.session is not None:
+                return self.session
+            if self._gone:
+                raise ConnectionError("cannot connect to %s: %s" % (_address_text(self.address), self.error))
+        raise TimeoutError("no connection to %s after %s s" % (_address_text(self.address), timeout))
+
+    def close(self) -> None:
+        """Connect no more; an open session is closed after what is queued was sent."""
+        self._give_up()
+        session = self.session
+        if session is not None:
+            session.close()
+
+    # -- leviathan's ----------------------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._gone = True
+            timer, dialling = self._timer, self._dialling
+            self._changed.notify_all()
+        if timer is not None:
+            timer.cancel()
+        if dialling is not None:
+            dialling.end(False, Reason.SHUTDOWN, None)
+
+    def _attempt(self) -> None:
+        """Begin an attempt; a name is resolved on a thread of its own, because getaddrinfo waits."""
+        with self._changed:
+            if self._gone:
+                return
+            self._attempts += 1
+            number = self._attempts
+            self._timer = self.communicator.queue.call_later(self.timeout, self._timed_out, number)
+        if self.unix:
+            self._resolved(number, [(getattr(socket, "AF_UNIX"), self.address)], None)
+            return
+        try:
+            found = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError, OverflowError):
+            threading.Thread(target=self._resolve, args=(number,), name="leviathan-resolver", daemon=True).start()
+        else:
+            self._resolved(number, [(entry[0], entry[4]) for entry in found], None)
+
+    def _resolve(self, number: int) -> None:
+        try:
+            found = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError, OverflowError) as error:
+            self.communicator.queue.post(self._resolved, number, [], error)
+        else:
+            self.communicator.queue.post(self._resolved, number, [(entry[0], entry[4]) for entry in found], None)
+
+    def _resolved(self, number: int, addresses: List[Tuple[int, Any]], error: Optional[BaseException]) -> None:
+        with self._changed:
+            if number != self._attempts or self._gone:
+                return                      # it took longer than the timeout
+            self._left = addresses
+        self._dial_next(number, error or OSError("no address"))
+
+    def _dial_next(self, number: int, error: BaseException) -> None:
+        """Try the next address, or report *error* as the attempt's when none is left."""
+        communicator = self.communicator
+        with self._changed:
+            if number != self._attempts or self._gone:
+                return
+            found = self._left.pop(0) if self._left else None
+        if found is None:
+            self._attempt_failed(number, error)
+            return
+        index = communicator._take_slot(None)
+        if index is None:
+            self._attempt_failed(number, PoolExhausted("no session is free (SESSION_MAX %d)"
+                                                       % communicator.manager.max_sessions))
+            return
+        session = Session(communicator, index, Kind.SERVER, found[1][:2] if isinstance(found[1], tuple) else found[1])
+        session.connector = self
+        if self.tag is not None:
+            session.tag = self.tag
+        with self._changed:
+            self._dialling = session
+        communicator.sessions._add(session)
+        communicator.queue.engine.connect(session, found[0], found[1], self.thread)
+
+    def _timed_out(self, number: int) -> None:
+        with self._changed:
+            if number != self._attempts or self._gone or self.session is not None:
+                return
+            self._left = []
+            dialling = self._dialling
+        error = TimeoutError("no answer within %.3g s" % self.timeout)
+        if dialling is not None:
+            dialling.end(False, Reason.TIMEOUT, error)          # _closed goes on from there
+        else:
+            self._attempt_failed(number, error)                 # the name is not resolved yet
+
+    def _established(self, session: Session) -> bool:
+        """A completion: connected. False when nobody wants it any more."""
+        with self._changed:
+            self._dialling = None
+            if self._gone:
+                return False
+            self.session, self.error = session, None
+            self._pause, self._reported = self.first, False
+            timer, self._timer = self._timer, None
+            self._changed.notify_all()
+        if timer is not None:
+            timer.cancel()
+        return True
+
+    def _closed(self, session: Session, reason: Reason, error: Optional[BaseException]) -> None:
+        """A completion: its session, or an attempt, has ended."""
+        with self._changed:
+            was_up = self.session is session
+            self.session = self._dialling = None
+            number = self._attempts
+        if was_up:
+            self._again()
+        else:
+            self._dial_next(number, error or ConnectionError(reason.value))
+
+    def _attempt_failed(self, number: int, error: BaseException) -> None:
+        with self._changed:
+            if number != self._attempts or self._gone:
+                return
+            self._attempts += 1                                 # a late answer of the resolver is nobody's now
+            self.error = error
+            timer, self._timer = self._timer, None
+            reported, self._reported = self._reported, True
+        if timer is not None:
+            timer.cancel()
+        if not reported:
+            _log().warning("cannot connect to %s: %s; %s", _address_text(self.address), error,
+                           "trying again" if self.reconnect else "giving up")
+        self._again()
+        if self.on_failure is not None:
+            try:
+                self.on_failure(self, error)
+            except BaseException as problem:
+                _Core.on_failed(self.on_failure, problem)
+
+    def _again(self) -> None:
+        """Plan the next attempt, if there is to be one."""
+        with self._changed:
+            if self._gone:
+                return
+            if not self.reconnect:
+                self._gone = True
+                self._changed.notify_all()
+                return
+            import random                   # 2 ms, for those who reconnect
+            pause = self._pause * random.uniform(0.5, 1.0)      # jitter: a thousand clients must not come at once
+            self._pause = min(self._pause * 2, self.longest)
+            self._timer = self.communicator.queue.call_later(pause, self._attempt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CommunicatorList and run
+# ---------------------------------------------------------------------------------------------------------------------
+
+class _Closings:
+    """Tells those who wait for Communicators to be closed to look again."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()    # guards wakers
+        self.wakers: List[Callable[[], None]] = []
+
+    def check(self) -> None:
+        """A Communicator that is closing has lost a session, or has begun to close."""
+        with self.changed:
+            self.changed.notify_all()
+            for wake in self.wakers:
+                wake()
+
+
+_closings = _Closings()
+
+
+class _Interrupt:
+    """Waits on the main thread for SIGINT or SIGTERM, or for `wake`; restores afterwards what was there before.
+
+    The handler only notes the signal: set_wakeup_fd makes the system's own handler write to the socket that `wait`
+    reads, on Windows too, where a blocked call would not be interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.signalled = False
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._before: Dict[int, Any] = {}
+        self._wakeup_before: Optional[int] = None
+
+    def __enter__(self) -> _Interrupt:
+        import signal
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup_before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+            for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._note)
+        with _closings.changed:
+            _closings.wakers.append(self.wake)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        try:
+            self._write.send(b"\0")
+        except BlockingIOError:
+            pass                            # full of wakeups
+
+    def wait(self) -> None:
+        """Until a signal came or `wake` was called."""
+        self._read.recv(64)
+
+    def __exit__(self, *unused: Any) -> None:
+        import signal
+        with _closings.changed:
+            _closings.wakers.remove(self.wake)
+        if self._wakeup_before is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._read.close()
+        self._write.close()
+
+
+class CommunicatorList:
+    """Several Communicators, speaking different protocols, in one process (A3); event-only queues may be among them."""
+
+    def __init__(self, *members: Union[Communicator, EventQueue]) -> None:
+        self._communicators: List[Communicator] = []
+        self._queues: List[EventQueue] = []
+        self.by_number: Dict[int, Communicator] = {}    # {n of [COMUNICATOR_n]: the Communicator}, from an INI file
+        for member in members:
+            self.add(member)
+
+    def add(self, member: Union[Communicator, EventQueue]) -> None:
+        """Add a Communicator with its queue, or a queue that serves events only."""
+        if isinstance(member, Communicator):
+            self._communicators.append(member)
+            member = member.queue
+        elif not isinstance(member, EventQueue):
+            raise TypeError("%r is neither a Communicator nor an EventQueue" % (member,))
+        if member not in self._queues:
+            self._queues.append(member)
+
+    @classmethod
+    def from_ini(cls, path: Union[str, os.PathLike[str]], handlers: Optional[Dict[int, Any]] = None) -> CommunicatorList:
+        """Everything that an INI file describes (docs/ini.md), listening already and not yet started.
+
+        *handlers*: {n of [COMUNICATOR_n]: on_packet function}, for sections without HANDLER. Raises ConfigError, OSError.
+        """
+        return _build(_read_ini(os.fspath(path)), os.fspath(path), handlers or {})
+
+    def __len__(self) -> int:
+        return len(self._communicators)
+
+    def __iter__(self) -> Iterator[Communicator]:
+        return iter(list(self._communicators))
+
+    def __getitem__(self, index: int) -> Communicator:
+        return self._communicators[index]
+
+    def start(self) -> None:
+        """Start every queue's threads."""
+        for queue in self._queues:
+            queue.start()
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
+        """Stop listening, let what is queued leave for up to *timeout* seconds, abort the rest, end the threads.
+
+        Idle clients do not hold it. True if nothing had to be aborted. RuntimeError on a queue's own thread.
+        """
+        if any(thread.name.startswith(queue.name + "-") and thread.ident == get_ident()
+               for queue in self._queues for thread in threading.enumerate()):
+            raise RuntimeError("a list cannot be stopped from a thread of its queues; close its Communicators instead")
+        for communicator in self._communicators:
+            communicator._close(Reason.SHUTDOWN)
+        with _closings.changed:
+            drained = _closings.changed.wait_for(self._closed, timeout)
+        for queue in self._queues:
+            queue.stop()
+        return drained
+
+    def _closed(self) -> bool:
+        return all(communicator._closed() for communicator in self._communicators)
+
+    def run(self, timeout: float = STOP_TIMEOUT) -> bool:
+        """Start, wait for SIGINT or SIGTERM or until every Communicator was closed, then stop. What `stop` returns."""
+        _raise_file_limit(sum({communicator.manager: communicator.manager.max_sessions
+                               for communicator in self._communicators}.values()))
+        try:
+            with _Interrupt() as interrupt:
+                self.start()
+                while not interrupt.signalled and not (self._communicators and self._closed()):
+                    interrupt.wait()
+        finally:
+            drained = self.stop(timeout)    # the handlers are restored: a second Ctrl-C ends this at once
+        return drained
+
+
+def _raise_file_limit(sessions: int) -> None:
+    """Raise the soft limit of open files to what *sessions* need, as far as the hard limit allows."""
+    try:
+        import resource
+    except ImportError:
+        return                              # Windows has no such limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = sessions + 64                  # listeners, epolls, log files and what the program has open itself
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        best = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
+        except (OSError, ValueError) as error:
+            _log().warning("the limit of open files stays at %d: %s", soft, error)
+
+
+def run(*members: Union[Communicator, CommunicatorList, EventQueue], timeout: float = STOP_TIMEOUT) -> bool:
+    """Run Communicators, queues or one CommunicatorList until SIGINT or SIGTERM, or until all of them were closed.
+
+    Then everything drains for up to *timeout* seconds. True if nothing had to be aborted.
+    """
+    if len(members) == 1 and isinstance(members[0], CommunicatorList):
+        return members[0].run(timeout)
+    return CommunicatorList(*members).run(timeout)      # type: ignore[arg-type]
+
+
+def echo(session: Session, packet: Any) -> None:
+    """A handler that sends each packet back; `HANDLER=leviathan:echo` in an INI file."""
+    session.send(packet)
+
+
+def _read_ini(path): raise NotImplementedError
+def _build(*a): raise NotImplementedError

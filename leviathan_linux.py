@@ -72,6 +72,7 @@ EVENT_BUDGET = 64       # posted events per turn, for the same reason
 JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joining them would copy them
 GATHER_MAX = 64         # chunks per sendmsg; IOV_MAX is 1024 on Linux, 16 by POSIX
 DISCARD_BUDGET = 16     # reads of a closing session's input per readiness
+DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
 ACCEPT_PAUSE = 0.1      # seconds without accepting after EMFILE, doubled each time ...
 ACCEPT_PAUSE_MAX = 1.0  # ... up to this (libuv and asyncio wait 1 s at once)
@@ -1034,11 +1035,16 @@ class Worker:
         if session.socket is None or session.socket.fileno() not in self.owned:
             return                          # not here yet: `adopt` or `dial` will see that it has ended
         self.streams.pop(session.socket.fileno(), None)
-        if drain:
+        if session.aborted:
+            self.post(self._closed, session)
+        else:
             self._watch_closing(session)
             self.post(self._drained, session)       # behind what other threads have queued before
-        else:
-            self.post(self._closed, session)
+
+    def _overdue(self, session: Any) -> None:
+        """The peer has not taken the last bytes in all that time."""
+        if not session.is_gone():
+            self.close_session(session, False, None, None)
 
     def _watch_closing(self, session: Any) -> None:
         """A closing session's input is read and thrown away, else close() would answer it with a reset."""
@@ -1059,15 +1065,23 @@ class Worker:
 
     def _drained(self, session: Any) -> None:
         """If all is with the kernel: say so to the peer, and close when it has taken it, has closed too, or LINGER is over."""
-        if session.unsent or session.posted or session.is_gone():
+        if session.is_gone():
+            return
+        if session.unsent or session.posted:
+            if session.deadline is None:
+                session.deadline = self.engine.call_later(DRAIN, 0, self.post, self._overdue, session)
             return
         if session.is_open():               # a half-close asked for by the user
             self._send_fin(session)
+            if session.eof:
+                self.close_session(session, True, None, None)
             return
         if not session.move("sent"):
             return
         if self._send_fin(session) and not session.eof and self._discard(session) and _unacknowledged(session.socket):
-            self.engine.call_later(LINGER, 0, self.post, self._closed, session)
+            if session.deadline is not None:
+                session.deadline.cancel()
+            session.deadline = self.engine.call_later(LINGER, 0, self.post, self._closed, session)
         elif not session.is_gone():
             self._closed(session)
 
@@ -1125,6 +1139,9 @@ class Worker:
                 except OSError:
                     pass                    # not connected any more
             self.doomed.append(sock)
+        if session.deadline is not None:
+            session.deadline.cancel()
+            session.deadline = None
         self.sessions -= 1
         self.closed += 1
         session.thread = 0

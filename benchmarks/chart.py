@@ -12,10 +12,10 @@ from cases import CASES, SUBJECT
 
 REFERENCE = "uvloop-natural"
 COLUMNS = 2
-WIDTH, PANEL, MARGIN = 880, 412, 18     # of the picture, of a panel, around panels; units of the viewBox (pixels)
+WIDTH, PANEL, MARGIN, GAP = 880, 412, 18, 20    # of the picture, of a panel, around and between panels; pixels
 TOP = 92                                # what the picture's own heading takes
 HEAD, BAR, PITCH = 52, 13, 20           # a panel's heading, a bar's height, from one bar to the next
-NAMES, VALUES = 116, 52                 # room left of the bars for names, right of them for numbers
+NAMES, VALUES = 162, 64                 # room left of the bars for names, right of them for numbers
 FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 STYLE = """
@@ -53,7 +53,7 @@ class Panel:
 
 
 def throughput_panel(case, result):
-    """Messages per second relative to the reference; the C server, the ceiling, would dwarf the rest and is left out."""
+    """Messages per second relative to the reference, without the C server, the ceiling, which would dwarf the rest."""
     bars = []
     for contender in case.contenders:
         values = report.ratios(result, contender, REFERENCE, case.figure)
@@ -102,13 +102,13 @@ def draw_bar(panel, x, y, scale, name, value):
     return [text(x + NAMES - 8, y + BAR - 2, name, "right " + kind),
             '<rect x="%.1f" y="%.1f" width="%.1f" height="%d" rx="2" class="bar %s"/>'
             % (x + NAMES, y, length, BAR, kind),
-            text(x + NAMES + length + 6, y + BAR - 2, report.FORMATS[panel.form](value), kind)]
+            text(x + PANEL - 16, y + BAR - 2, report.FORMATS[panel.form](value), "right " + kind)]
 
 
-def draw_panel(panel, x, y, height):
+def draw_panel(panel, x, y):
     """One panel with its upper left corner at (x, y)."""
-    scale = (PANEL - NAMES - VALUES - 14) / max(max(value for _, value in panel.bars), panel.mark or 0)
-    parts = ['<rect x="%.1f" y="%.1f" width="%d" height="%d" rx="6" class="panel"/>' % (x, y, PANEL, height),
+    scale = (PANEL - NAMES - VALUES) / max(max(value for _, value in panel.bars), panel.mark or 0)
+    parts = ['<rect x="%.1f" y="%.1f" width="%d" height="%d" rx="6" class="panel"/>' % (x, y, PANEL, panel.height),
              text(x + 14, y + 22, panel.heading, "case"), text(x + 14, y + 39, panel.subheading, "soft")]
     for i, (name, value) in enumerate(panel.bars):
         parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value)
@@ -121,20 +121,18 @@ def draw_panel(panel, x, y, height):
 
 def draw(results):
     """Return the picture as the text of an SVG file."""
-    shown = panels(results)
-    parts, y = [], TOP
-    for i in range(0, len(shown), COLUMNS):
-        row = shown[i:i + COLUMNS]
-        height = max(panel.height for panel in row)
-        for j, panel in enumerate(row):
-            parts += draw_panel(panel, MARGIN + j * (PANEL + WIDTH - COLUMNS * PANEL - 2 * MARGIN), y, height)
-        y += height + 20
+    parts, ends = [], [TOP] * COLUMNS
+    for panel in panels(results):
+        column = ends.index(min(ends))
+        parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column])
+        ends[column] += panel.height + GAP
+    height = max(ends)
     heading = [text(MARGIN, 38, "leviathan and its peers", "title"),
-               text(MARGIN, 60, "Echo of length-prefixed packets on one core: messages per second, where a natural uvloop "
-                    "program has 1.0. More is better.", "soft"),
+               text(MARGIN, 60, "Echo of length-prefixed packets on one core: messages per second, a natural uvloop "
+                    "program being 1.0. More is better.", "soft"),
                text(MARGIN, 77, "%s, %s" % (results["machine"]["processor"],
                                             ", ".join("%s %s" % pair for pair in results["versions"].items())), "soft")]
     frame = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
-             % (WIDTH, y, WIDTH, y), "<title>leviathan and its peers: throughput relative to uvloop</title>",
+             % (WIDTH, height, WIDTH, height), "<title>leviathan and its peers: throughput relative to uvloop</title>",
              "<style>%s</style>" % STYLE, '<rect width="100%" height="100%" rx="8" class="ground"/>']
     return "\n".join(frame + heading + parts + ["</svg>"]) + "\n"

@@ -46,6 +46,7 @@ enum {
 };
 
 static const uint64_t SECOND = 1000000000;     /* in nanoseconds, the unit of every time here */
+static const uint64_t GRACE = 5000000000;      /* replies under way at the end must come within this */
 static const uint64_t PATIENCE = 30000000000u; /* a connection that is silent this long while a reply is due is lost */
 
 struct conn {
@@ -196,8 +197,8 @@ static void put_mark(char *frame, const struct conn *c, uint32_t serial)
         memcpy(frame + HEADER, &mark, MARK);
 }
 
-/* Is this piece, which begins at `offset` of a reply, what was sent there? The head is compared whole, of the payload the
- * first PEEK bytes. The first frame of the stock, with the mark due, is what is expected. */
+/* Is this piece, which begins at `offset` of a reply, what was sent there? The head is compared whole, of the payload
+ * the first PEEK bytes. The first frame of the stock, with the mark due, is what is expected. */
 static int piece_is_right(const struct conn *c, size_t offset, const char *piece, size_t n)
 {
     size_t head = opt.size >= MARK ? HEADER + MARK : HEADER;
@@ -386,11 +387,33 @@ static void echo_for(double seconds)
         turn(1);
 }
 
-/* A few counted messages, each connection keeping its window: for what is too large or too slow to be timed otherwise. */
+/* A few counted messages, each connection keeping its window: for what is too large to be timed otherwise. */
 static void echo_count(uint64_t messages)
 {
     while (alive > 0 && result.messages < messages)
         turn(1);
+}
+
+static int waiting(void)
+{
+    int count = 0;
+    for (int i = 0; i < opt.conns; i++)
+        count += conns[i].fd >= 0 && conns[i].received != conns[i].queued;
+    return count;
+}
+
+/* What is still under way must arrive too, else replies got lost; it is not part of what was measured. */
+static void drain(void)
+{
+    uint64_t deadline = now() + GRACE;
+    uint64_t messages = result.messages, ended = result.ended;
+    while (waiting() && now() < deadline)
+        turn(0);
+    result.errors += (uint64_t)waiting();
+    if (waiting())
+        fprintf(stderr, "load: %d connections have no reply\n", waiting());
+    result.messages = messages;
+    result.ended = ended;
 }
 
 static void run_echo(void)
@@ -409,6 +432,7 @@ static void run_echo(void)
         start_measuring();
         echo_for(opt.seconds);
     }
+    drain();
     report(", \"window\": %d, \"size\": %zu, \"alive\": %d", opt.window, opt.size, alive);
 }
 

@@ -2,8 +2,8 @@
 
 Results are plain data, as they are kept in docs/benchmarks.json:
 
-    {"machine": {what: text}, "versions": {what: text}, "command": text,
-     "cases": {case: {"measured": date, "seconds": number, "quick": bool,
+    {"machine": {what: text}, "versions": {what: text},
+     "cases": {case: {"measured": date, "command": text, "seconds": number, "quick": bool,
                       "samples": {contender: [{figure: number} or None if that round failed, ...]},
                       "missing": {contender: why}, "failed": [text, ...]}}}
 
@@ -15,7 +15,7 @@ from cases import CASES, SUBJECT, TARGETS
 
 INTRODUCTION = """# Benchmarks
 
-Made by `%(command)s`; do not edit. What is measured and how to read it is told in
+Made by `python benchmarks/run.py --write`; do not edit. What is measured and how to read it is told in
 [benchmarks/README.md](../benchmarks/README.md).
 
 ![Throughput relative to uvloop](benchmarks.svg)
@@ -108,7 +108,7 @@ def column_cell(case, result, contender, column):
 
 def case_table(case, result):
     """The table of one case: a row per contender that took part."""
-    compared = [case.figure] + (["p99_us"] if case.figure == "msgs_per_s" else [])
+    compared = [case.figure] + (["p99_us"] if case.figure == "msgs_per_s" and not case.versus else [])
     headings = ["server"] + [heading for _, heading, _ in case.columns]
     headings += [ratio_heading(case, figure) for figure in compared]
     rows = []
@@ -128,8 +128,8 @@ def notes(result):
 def case_report(case, result):
     """Heading, table and notes of one case."""
     rounds = max([len(samples) for samples in result["samples"].values()] or [0])
-    head = "## %s: %s\n\n%s, %d rounds%s." % (case.name, case.title, result["measured"], rounds,
-                                              ", quick" if result["quick"] else "")
+    many = "%d round%s" % (rounds, "" if rounds == 1 else "s")
+    head = "## %s: %s\n\n%s, %s, by `%s`." % (case.name, case.title, result["measured"], many, result["command"])
     return "\n\n".join([head, case_table(case, result)] + ["\n".join(notes(result))] * bool(notes(result)))
 
 
@@ -174,6 +174,6 @@ def target_table(results, only=None):
 def document(results):
     """The text of docs/benchmarks.md."""
     facts = ["- %s: %s" % pair for pair in list(results["machine"].items()) + list(results["versions"].items())]
-    parts = [INTRODUCTION % results + "\n" + "\n".join(facts), "## Targets\n\n" + target_table(results)]
+    parts = [INTRODUCTION + "\n" + "\n".join(facts), "## Targets\n\n" + target_table(results)]
     parts += [case_report(case, results["cases"][case.name]) for case in CASES if case.name in results["cases"]]
     return "\n\n".join(parts) + "\n"

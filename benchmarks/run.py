@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
 
@@ -48,8 +49,8 @@ def measure_once(case, contender, settings, result):
 
 def measure_case(case, contenders, settings):
     """Run all rounds of one case; return its part of the results."""
-    result = {"measured": time.strftime("%Y-%m-%d %H:%M"), "seconds": settings.seconds, "quick": settings.quick,
-              "samples": {}, "missing": {}, "failed": []}
+    result = {"measured": time.strftime("%Y-%m-%d %H:%M"), "command": command(), "seconds": settings.seconds,
+              "quick": settings.quick, "samples": {}, "missing": {}, "failed": []}
     for _ in range(case.rounds_for(settings)):
         for contender in contenders:
             if contender not in result["missing"]:
@@ -58,8 +59,8 @@ def measure_case(case, contenders, settings):
 
 
 def chosen_contenders(case, names):
-    """The contenders of this case that were asked for, by the part of their name before the colon."""
-    return [name for name in case.contenders if not names or name in names or name.partition(":")[0] in names]
+    """The contenders of this case that were asked for; a name stands for its variants ("gevent+malloc") too."""
+    return [name for name in case.contenders if not names or name in names or re.split("[:+]", name)[0] in names]
 
 
 # ---- where and with what -----------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def machine():
 def versions():
     """Python's version and those of the peers that are installed."""
     from importlib import metadata
-    found = {"Python": "%s %s" % (platform.python_implementation(), platform.python_version())}
+    found = {platform.python_implementation(): platform.python_version()}
     for package in ("uvloop", "gevent", "twisted"):
         try:
             found[package] = metadata.version(package)
@@ -148,7 +149,7 @@ def measure(options):
                         .2 if options.quick else .3, options.quick)
     compiled("load.c")      # now, not while something is measured
     servers = [name for name in options.servers.split(",") if name]
-    results = {"machine": machine(), "versions": versions(), "command": command(), "cases": {}}
+    results = {"machine": machine(), "versions": versions(), "cases": {}}
     for case in CASES:
         if not options.cases or case.name in options.cases:
             result = measure_case(case, chosen_contenders(case, servers), settings)

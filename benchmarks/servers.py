@@ -171,22 +171,6 @@ def serve_protocol(options):
     run_loop(options, main)
 
 
-def serve_protocol_malloc(options):
-    """The natural Protocol, with glibc's malloc told to keep what is freed.
-
-    By default glibc hands blocks of a mebibyte back to the system and has the pages of the next one faulted in again: it
-    decides what large packets cost a program that makes new objects for each, more than its event loop does.
-    """
-    import ctypes
-    trim_threshold, mmap_threshold = -1, -3     # mallopt(3), malloc.h
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        raise ImportError("this C library has no mallopt")
-    libc.mallopt(mmap_threshold, 32 << 20)
-    libc.mallopt(trim_threshold, 256 << 20)
-    serve_protocol(options)
-
-
 def serve_streams(options):
     """The streams interface of asyncio, on asyncio or on uvloop."""
     import asyncio
@@ -324,7 +308,6 @@ SERVERS = {
     "leviathan": serve_leviathan,
     "uvloop-natural": serve_protocol,
     "uvloop-joined": serve_protocol,
-    "uvloop-malloc": serve_protocol_malloc,
     "uvloop-streams": serve_streams,
     "asyncio-natural": serve_protocol,
     "asyncio-joined": serve_protocol,
