@@ -35,8 +35,7 @@ from threading import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import (Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, Union)
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
     BytesLike = Union[bytes, bytearray, memoryview]
     OnPacket = Callable[["Session", Any], Any]
     OnConnect = Callable[["Session"], Any]
@@ -373,7 +372,7 @@ class TextLength(Framing):
 
     def encode(self, packet: BytesLike) -> bytes:
         """Digits, end character, content, trailer."""
-        return b"%d%b%b%b" % (len(packet), self.end, packet, self.trailer) if self.strip else bytes(packet)
+        return b"%d%b%b%b" % (len(packet), self.end, bytes(packet), self.trailer) if self.strip else bytes(packet)
 
 
 class Delimited(Framing):
@@ -1407,8 +1406,9 @@ class Communicator:
         if serve.max_clients == 0:
             raise ValueError("max_clients is 0: this Communicator takes no clients")
         listener = Listener(self, serve, thread, unix)
+        address: Any = unix
         if unix:
-            family, address = getattr(socket, "AF_UNIX"), unix
+            family = getattr(socket, "AF_UNIX")
         else:
             family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
                                                           socket.AI_PASSIVE)[0]
@@ -1623,7 +1623,8 @@ class Connector:
             self._resolved(number, [(getattr(socket, "AF_UNIX"), self.address)], None)
             return
         try:
-            found = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+            host, port = self.address
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
         except (OSError, UnicodeError, OverflowError):
             threading.Thread(target=self._resolve, args=(number,), name="leviathan-resolver", daemon=True).start()
         else:
@@ -1631,7 +1632,8 @@ class Connector:
 
     def _resolve(self, number: int) -> None:
         try:
-            found = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM)
+            host, port = self.address
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError, OverflowError) as error:
             self.communicator.queue.post(self._resolved, number, [], error)
         else:
@@ -1920,5 +1922,476 @@ def echo(session: Session, packet: Any) -> None:
     session.send(packet)
 
 
-def _read_ini(path): raise NotImplementedError
-def _build(*a): raise NotImplementedError
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one table, from which the reader, the commented default and docs/ini.md are made
+# ---------------------------------------------------------------------------------------------------------------------
+
+class _Wrong(Exception):
+    """A cast's complaint: what would have been allowed."""
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def cast(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+            raise _Wrong("a whole number from %d to %d" % (least, most))
+        return int(text)
+    return cast
+
+
+def _size(text: str) -> int:
+    """4096, 4k, 2m."""
+    unit = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isascii() or not digits.isdigit() or not int(digits):
+        raise _Wrong("a size in bytes, with k, m or g if you like: 4096, 4k, 2m")
+    return int(digits) * unit
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise _Wrong("seconds, 0 for no limit")
+    return value
+
+
+def _bytes_of(text: str) -> bytes:
+    r"""Characters, with \r \n \t \0 and \xNN understood."""
+    try:
+        data = text.encode("latin-1").decode("unicode_escape").encode("latin-1")
+    except (UnicodeError, ValueError):
+        data = b""
+    if not data:
+        raise _Wrong(r"one or more characters; \r \n \t \0 \xNN are understood")
+    return data
+
+
+def _character(text: str) -> bytes:
+    data = _bytes_of(text)
+    if len(data) != 1 or data.isdigit():
+        raise _Wrong("one character that is no digit")
+    return data
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def cast(text: str) -> str:
+        if text.lower() not in allowed:
+            raise _Wrong(", ".join(allowed))
+        return text.lower()
+    return cast
+
+
+def _endpoint(text: str) -> Tuple[str, Any]:
+    """("tcp", (host, port)) or ("unix", path)."""
+    if text.startswith("unix:") and len(text) > 5:
+        return "unix", text[5:]
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        host, port = DEFAULT_HOST, text
+    if not port.isascii() or not port.isdigit() or int(port) > 65535 or ":" in host and host[:1] + host[-1:] != "[]":
+        raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 0 to 65535")
+    return "tcp", (host.strip("[]"), int(port))
+
+
+def _endpoints(text: str) -> List[Tuple[str, Any]]:
+    return [_endpoint(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _reference(text: str) -> Any:
+    """The object that `module:name` names."""
+    import importlib
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise _Wrong("module:function")
+    try:
+        found: Any = sys.modules[__name__] if module == "leviathan" else importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise _Wrong("module:function that can be imported (%s)" % error) from error
+    if not callable(found):
+        raise _Wrong("module:function; %s is no function" % text)
+    return found
+
+
+def _section_name(text: str) -> str:
+    if text.upper() != "HEADER" and not (text.upper().startswith("HEADER_") and text[7:].isdigit()):
+        raise _Wrong("HEADER or HEADER_n")
+    return text.upper()
+
+
+class _Setting:
+    """A row of the table."""
+
+    __slots__ = ("section", "key", "cast", "default", "help")
+
+    def __init__(self, section: str, key: str, cast: Callable[[str], Any], default: str, help_text: str) -> None:
+        self.section, self.key, self.cast, self.default, self.help = section, key, cast, default, help_text
+
+
+_CLASS_NAMES = {("%d" % (1 << power) if power < 10 else "%dk" % (1 << power - 10) if power < 20 else
+                 "%dm" % (1 << power - 20)): 1 << power for power in range(SMALLEST_CLASS, LARGEST_POOLED + 1)}
+
+_SETTINGS = (
+    _Setting("SESSION", "SESSION_MAX", _number(1, 10000000), "10000", "sessions at once, of all Communicators together"),
+    _Setting("SESSION", "RECV_BUF_SIZE", _size, "4k", "first receive buffer of a packet whose length is not known yet"),
+    _Setting("SESSION", "NR_SEND_SOCKETDATA", _number(1, 1024), "1", "send operations kept for use again, per session"),
+    _Setting("SESSION", "MEMORY_LIMIT", _size, "1g", "all leased buffers together; at the limit receiving waits"),
+) + tuple(
+    _Setting("MPOOL", "IDX_BUF_" + name, _number(0, 1000000), "0", "buffers of %s bytes made at the start" % size)
+    for name, size in _CLASS_NAMES.items()
+) + (
+    _Setting("IOCP", "COUNT", _number(0, 1000), "1", "how many queues there are ([QUEUE] is the same as [IOCP])"),
+    _Setting("IOCP_n", "THR_COUNT", _number(1, 1024), "", "threads of queue n; without it 1 under a GIL, else one per CPU"),
+    _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "function"), "",
+             "how packets are framed; without it text if SIZE_END_CHAR is there, else number"),
+    _Setting("HEADER_n", "SIZE_BYTES", _number(1, 1 << 20), "4", "number: bytes of the length, 1 to 8; fixed: of a packet"),
+    _Setting("HEADER_n", "BYTE_ORDER", _choice("big", "little"), "big", "number: byte order of the length"),
+    _Setting("HEADER_n", "SIZE_END_CHAR", _character, ",", "text: the character after the digits"),
+    _Setting("HEADER_n", "DELIMITER", _bytes_of, r"\r\n", "delimiter: what ends a packet"),
+    _Setting("HEADER_n", "MAX_PACKET", _size, "2m", "longest packet with its header; a longer one closes the session"),
+    _Setting("HEADER_n", "FUNCTION", _reference, "", "function: your parse(view) -> int"),
+    _Setting("COMUNICATOR", "COUNT", _number(0, 1000), "1", "how many Communicators there are (COMMUNICATOR: the same)"),
+    _Setting("COMUNICATOR_n", "IOCP_IDX", _number(0, 1000), "", "number of its queue; without it a queue of its own"),
+    _Setting("COMUNICATOR_n", "CLIENT_SESSION_MAX", _number(0, 10000000), "", "clients at once; 0: takes no clients"),
+    _Setting("COMUNICATOR_n", "LISTEN", _endpoints, "", "addresses to listen on: 127.0.0.1:7878, [::1]:8999"),
+    _Setting("COMUNICATOR_n", "CONNECT", _endpoints, "", "servers to connect to, again and again"),
+    _Setting("COMUNICATOR_n", "HANDLER", _reference, "", "module:function that gets (session, packet)"),
+    _Setting("COMUNICATOR_n", "ON_CONNECT", _reference, "", "module:function that gets (session)"),
+    _Setting("COMUNICATOR_n", "ON_DISCONNECT", _reference, "", "module:function that gets (session, reason, error)"),
+    _Setting("COMUNICATOR_n", "HEADER", _section_name, "HEADER", "the section that says how packets are framed"),
+    _Setting("COMUNICATOR_n", "IDLE_TIMEOUT", _seconds, "0", "seconds without anything received; 0: for ever"),
+    _Setting("COMUNICATOR_n", "PACKET_TIMEOUT", _seconds, "60", "seconds from a packet's first byte to its last"),
+    _Setting("COMUNICATOR_n", "ACCEPT_IDX", _number(0, 1000), "", "number of the queue that accepts, if another one does"),
+)
+
+# {what may be written: the name in the table}
+_SECTION_ALIASES = {"QUEUE": "IOCP", "COMMUNICATOR": "COMUNICATOR"}
+
+
+def _table_section(name: str) -> Tuple[str, Optional[int]]:
+    """("COMUNICATOR_n", 3) for [COMMUNICATOR_3]; ("", None) for a section that is not leviathan's."""
+    base, _, number = name.strip().upper().partition("_")
+    base = _SECTION_ALIASES.get(base, base)
+    if number:
+        if base in ("IOCP", "HEADER", "COMUNICATOR") and number.isascii() and number.isdigit():
+            return base + "_n", int(number)
+        return "", None
+    return (base, None) if base in ("SESSION", "MPOOL", "IOCP", "HEADER", "COMUNICATOR") else ("", None)
+
+
+class _Ini:
+    """The values of an INI file, cast: {(section, number): {key: value}} for what the file says, defaults apart."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.sections: Dict[Tuple[str, Optional[int]], Dict[str, Any]] = {}
+        self.texts: Dict[Tuple[str, Optional[int], str], Tuple[str, str]] = {}      # (section's name, text) as written
+
+    def numbers(self, section: str) -> List[int]:
+        """Which n there are of a section."""
+        return sorted(number for name, number in self.sections if name == section and number is not None)
+
+    def get(self, section: str, number: Optional[int], key: str) -> Any:
+        """The value, else the default, else None."""
+        values = self.sections.get((section, number), {})
+        if key in values:
+            return values[key]
+        setting = next(row for row in _SETTINGS if row.section == _row_section(section) and row.key == key)
+        return setting.cast(setting.default) if setting.default else None
+
+    def wrong(self, section: str, number: Optional[int], key: str, message: str, allowed: str = "") -> ConfigError:
+        """The error for a value that is there."""
+        name, text = self.texts.get((section, number, key), (section.replace("_n", "_%s" % number), ""))
+        return ConfigError(message, file=self.file, section=name, key=key, value=text, allowed=allowed)
+
+
+def _row_section(section: str) -> str:
+    """[HEADER] has the settings of [HEADER_n]."""
+    return "HEADER_n" if section == "HEADER" else section
+
+
+def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
+    """Read and check a file (or *text*). Sections of other programs are left alone. Raises ConfigError, OSError."""
+    import configparser
+    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, inline_comment_prefixes=("#",),
+                                          delimiters=("=",))
+    try:
+        if text is None:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+                text = file.read()
+        parser.read_string(text, path)
+    except configparser.Error as error:
+        raise ConfigError(" ".join(str(error).split()), file=path) from error
+    ini = _Ini(path)
+    for name in parser.sections():
+        section, number = _table_section(name)
+        if not section:
+            continue
+        rows = {row.key.upper(): row for row in _SETTINGS if row.section == _row_section(section)}
+        values = ini.sections.setdefault((section, number), {})
+        for key, value in parser.items(name):
+            row = rows.get(key.upper())
+            if row is None:
+                import difflib
+                near = difflib.get_close_matches(key.upper(), list(rows), 1, 0.5)
+                raise ConfigError("there is no such key" + (", did you mean %s?" % rows[near[0]].key if near else ""),
+                                  file=path, section=name, key=key.upper(), value=value or "",
+                                  allowed=", ".join(sorted(row.key for row in rows.values())))
+            ini.texts[section, number, row.key] = (name, value or "")
+            if not value:
+                continue                    # written, and left empty: the default
+            try:
+                values[row.key] = row.cast(value.strip())
+            except _Wrong as error:
+                raise ini.wrong(section, number, row.key, "this cannot be used", str(error)) from error
+    return ini
+
+
+def _framing_of(ini: _Ini, header: str) -> Framing:
+    """The framing that a [HEADER] or [HEADER_n] section describes."""
+    section, number = _table_section(header)
+
+    def get(key: str) -> Any:
+        return ini.get(section, number, key)
+
+    written = ini.sections.get((section, number), {})
+    kind = get("TYPE") or ("text" if "SIZE_END_CHAR" in written else "number")
+    limit = get("MAX_PACKET")
+    try:
+        if kind == "number":
+            return LengthPrefix(get("SIZE_BYTES"), byteorder=get("BYTE_ORDER"), max_packet=limit)
+        if kind == "text":
+            return TextLength(get("SIZE_END_CHAR"), max_packet=limit)
+        if kind == "delimiter":
+            return Delimited(get("DELIMITER"), max_packet=limit)
+        if kind == "fixed":
+            return FixedSize(get("SIZE_BYTES"))
+        if kind == "raw":
+            return Raw()
+        if get("FUNCTION") is None:
+            raise ini.wrong(section, number, "FUNCTION", "TYPE=function needs it", "module:function")
+        return Function(get("FUNCTION"), max_packet=limit)
+    except ValueError as error:
+        key = "SIZE_BYTES" if kind in ("number", "fixed") and "size" in str(error) else "MAX_PACKET"
+        raise ini.wrong(section, number, key, str(error)) from error
+
+
+def _no_handler(session: Session, packet: Any) -> None:
+    raise LeviathanError("%s has no HANDLER in the INI file, and none was given to from_ini" % session.communicator.name)
+
+
+def _build(ini: _Ini, path: str, handlers: Dict[int, Any]) -> CommunicatorList:
+    """Make what the INI describes."""
+    manager = SessionManager(
+        ini.get("SESSION", None, "SESSION_MAX"), ini.get("SESSION", None, "RECV_BUF_SIZE"),
+        {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()},
+        ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), ini.get("SESSION", None, "MEMORY_LIMIT"))
+    queues: Dict[int, EventQueue] = {}
+
+    def queue_of(number: int, key: str) -> Optional[EventQueue]:
+        index = ini.get("COMUNICATOR_n", number, key)
+        if index is None:
+            return None
+        known = ini.numbers("IOCP_n")
+        if index not in known and index >= ini.get("IOCP", None, "COUNT"):
+            raise ini.wrong("COMUNICATOR_n", number, key, "there is no queue of that number",
+                            ", ".join(map(str, known)) or "numbers under [IOCP] COUNT")
+        if index not in queues:
+            queues[index] = EventQueue(ini.get("IOCP_n", index, "THR_COUNT"), name="queue%d" % index)
+        return queues[index]
+
+    result = CommunicatorList()
+    numbers = ini.numbers("COMUNICATOR_n")
+    count = ini.sections.get(("COMUNICATOR", None), {}).get("COUNT", len(numbers))
+    if count > len(numbers):
+        raise ini.wrong("COMUNICATOR", None, "COUNT", "there are only %d sections [COMUNICATOR_n]" % len(numbers))
+    try:
+        for number in numbers[:count]:
+            _build_communicator(ini, number, manager, queue_of, handlers, result)
+    except BaseException:
+        result.stop(0)                      # nothing stays bound
+        raise
+    for index in ini.numbers("IOCP_n"):     # a queue that no Communicator has serves events
+        if index not in queues:
+            queues[index] = EventQueue(ini.get("IOCP_n", index, "THR_COUNT"), name="queue%d" % index)
+            result.add(queues[index])
+    return result
+
+
+def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
+                        queue_of: Callable[[int, str], Optional[EventQueue]], handlers: Dict[int, Any],
+                        result: CommunicatorList) -> None:
+    def get(key: str) -> Any:
+        return ini.get("COMUNICATOR_n", number, key)
+
+    if get("LISTEN") and get("CLIENT_SESSION_MAX") == 0:
+        raise ini.wrong("COMUNICATOR_n", number, "CLIENT_SESSION_MAX", "it has LISTEN, but takes no clients")
+    section, header_number = _table_section(get("HEADER"))
+    if header_number is not None and (section, header_number) not in ini.sections:
+        raise ini.wrong("COMUNICATOR_n", number, "HEADER", "there is no such section")
+    communicator = Communicator(
+        _framing_of(ini, get("HEADER")), handlers.get(number) or get("HANDLER") or _no_handler,
+        on_connect=get("ON_CONNECT"), on_disconnect=get("ON_DISCONNECT"), queue=queue_of(number, "IOCP_IDX"),
+        manager=manager, max_clients=get("CLIENT_SESSION_MAX"), idle_timeout=get("IDLE_TIMEOUT"),
+        packet_timeout=get("PACKET_TIMEOUT"), name="COMUNICATOR_%d" % number)
+    result.add(communicator)
+    result.by_number[number] = communicator
+    acceptor = communicator
+    accept_queue = queue_of(number, "ACCEPT_IDX")
+    if accept_queue is not None and accept_queue is not communicator.queue:
+        acceptor = Communicator(communicator.framing, _no_handler, queue=accept_queue, manager=manager,
+                                name="COMUNICATOR_%d" % number)
+        result.add(acceptor)
+    for family, address in get("LISTEN") or ():
+        try:
+            if family == "unix":
+                acceptor.listen(unix=address, serve=communicator)
+            else:
+                acceptor.listen(address[1], address[0], serve=communicator)
+        except OSError as error:
+            raise OSError(error.errno, "cannot listen on %s: %s" % (_address_text(address), error.strerror or error)) \
+                from error
+    for family, address in get("CONNECT") or ():
+        if family == "unix":
+            communicator.connect("", unix=address, reconnect=True)
+        else:
+            communicator.connect(*address, reconnect=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+_EMBEDDED_INI = """\
+[HEADER]
+TYPE = number
+SIZE_BYTES = 4
+[COMUNICATOR]
+COUNT = 1
+[COMUNICATOR_0]
+LISTEN = {host}:{port}
+HANDLER = leviathan:echo
+"""
+
+
+def _default_ini() -> str:
+    """Every setting with its default and its meaning, as an INI file that works: an echo server."""
+    used = {"LISTEN": "%s:%d" % (DEFAULT_HOST, DEFAULT_PORT), "HANDLER": "leviathan:echo", "TYPE": "number"}
+    lines = ["# leviathan %s: every setting with its default. Lines that begin with # are comments." % __version__]
+    section = ""
+    for row in _SETTINGS:
+        if row.section != section:
+            section = row.section
+            lines += ["", "[%s]" % {"HEADER_n": "HEADER"}.get(section, section.replace("_n", "_0"))]
+        value = used.get(row.key, row.default)
+        off = "" if row.key in used or row.section in ("SESSION", "MPOOL") or row.key == "COUNT" else "# "
+        lines += ["# " + row.help, "%s%s = %s" % (off, row.key, value)]
+    return "\n".join(lines) + "\n"
+
+
+def _ini_reference() -> str:
+    """docs/ini.md."""
+    lines = ["# INI reference", "", "Made from the table in `leviathan.py` by `python leviathan.py config --markdown`.", "",
+             "A size is bytes, or has `k`, `m` or `g` behind it. Keys and sections may be in any case; `[QUEUE]` is "
+             "`[IOCP]`, `[COMMUNICATOR]` is `[COMUNICATOR]`. An unknown key in these sections is an error; other sections "
+             "are left alone. `#` begins a comment, at a line's start or after a space."]
+    section = ""
+    for row in _SETTINGS:
+        if row.section != section:
+            section = row.section
+            title = "[HEADER], [HEADER_n]" if section == "HEADER_n" else "[%s]" % section
+            lines += ["", "## " + title, "", "| key | default | meaning |", "|---|---|---|"]
+        lines.append("| `%s` | %s | %s |" % (row.key, "`%s`" % row.default if row.default else "", row.help))
+    return "\n".join(lines) + "\n"
+
+
+def _bundle(path: str) -> None:
+    """Write core and engines as one file. The engines stand in it as they are, in raw strings, so that tracebacks fit."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    marker = "_BUNDLED: Dict"
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    at = next(index for index, line in enumerate(lines) if line.startswith(marker))
+    if not lines[at].rstrip().split("  #")[0].endswith("{}"):
+        raise LeviathanError("this is a bundle already: copy %s" % os.path.abspath(__file__))
+    engines: List[str] = []
+    for name in ("leviathan_linux", "leviathan_win"):
+        source = os.path.join(here, name + ".py")
+        if not os.path.exists(source):
+            continue
+        with open(source, encoding="utf-8") as file:
+            text = file.read()
+        if "'''" in text:
+            raise LeviathanError("%s has three apostrophes in a row, and cannot be bundled" % source)
+        line = at + 1 + len(engines) + 2            # the line after the opening quotes, counted from 1
+        engines += ["_BUNDLED[%r] = (%d, r'''" % (name, line)] + text.rstrip("\n").split("\n") + ["''')"]
+    if not engines:
+        raise LeviathanError("there is no engine beside %s to put into the bundle" % os.path.abspath(__file__))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines[:at + 1] + engines + lines[at + 1:]))
+
+
+def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
+    servers = _build(ini, path, {})
+    if check:
+        servers.stop(0)
+        print("%s is right" % path)
+        return 0
+    for communicator in servers:
+        for listener in communicator.listeners:
+            print("listening on %s" % _address_text(listener.address), flush=True)
+    if hint:
+        address = servers[0].listeners[0].address
+        print(hint % {"host": address[0], "port": address[1]}, flush=True)
+    servers.run()
+    return 0
+
+
+_HINT = ("try: python -c \"import socket; s = socket.create_connection(('%(host)s', %(port)d)); "
+         "s.sendall(b'\\0\\0\\0\\5hello'); print(s.recv(9))\"")
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """The command line. Returns the exit status: 0 after a drained stop, 2 for bad usage or configuration."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="leviathan", description="TCP servers in pure Python.",
+                                     epilog="Without a command: an echo server with a 4-byte length before each packet.")
+    parser.add_argument("--version", action="version", version="leviathan %s (%s)" % (__version__, _engine.NAME))
+    parser.add_argument("--host", default=DEFAULT_HOST, help="address of the echo server (%(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="its port; 0: any (%(default)s)")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run what an INI file describes")
+    serve.add_argument("file", metavar="FILE.ini")
+    serve.add_argument("--check", action="store_true", help="only say whether the file is right")
+    config = commands.add_parser("config", help="print a commented default INI file")
+    config.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
+    bundle = commands.add_parser("bundle", help="write leviathan and its engines as one file")
+    bundle.add_argument("path", metavar="PATH")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "config":
+            sys.stdout.write(_ini_reference() if options.markdown else _default_ini())
+        elif options.command == "bundle":
+            _bundle(options.path)
+            print("wrote %s" % options.path)
+        elif options.command == "serve":
+            sys.path.insert(0, os.path.dirname(os.path.abspath(options.file)))      # handlers stand beside their INI
+            return _serve(_read_ini(options.file), options.file, options.check)
+        else:
+            host = "[%s]" % options.host if ":" in options.host else options.host
+            text = _EMBEDDED_INI.format(host=host, port=options.port)
+            return _serve(_read_ini("the embedded INI", text), "the embedded INI", False, _HINT)
+    except (LeviathanError, OSError) as error:
+        message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
+        print("leviathan: %s" % message, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # Handlers that `import leviathan` must get this module, not a second copy of it.
+    sys.modules.setdefault("leviathan", sys.modules["__main__"])
+    sys.exit(main())
