@@ -496,7 +496,7 @@ class Buffer:
 
     def __init__(self, power: int, pooled: bool) -> None:
         self.array = _ARRAYS[power]()
-        self.view = memoryview(self.array).cast("B")    # type: ignore[arg-type]
+        self.view = memoryview(self.array).cast("B")
         self.size = 1 << power
         self.power = power
         self.pooled = pooled        # False: outside of the pool and its limit
@@ -2315,7 +2315,7 @@ def _bundle(path: str) -> None:
     with open(os.path.abspath(__file__), encoding="utf-8") as file:
         lines = file.read().split("\n")
     at = next(index for index, line in enumerate(lines) if line.startswith(marker))
-    if not lines[at].rstrip().split("  #")[0].endswith("{}"):
+    if lines[at + 1].startswith("_BUNDLED["):
         raise LeviathanError("this is a bundle already: copy %s" % os.path.abspath(__file__))
     engines: List[str] = []
     for name in ("leviathan_linux", "leviathan_win"):

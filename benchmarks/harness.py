@@ -123,6 +123,7 @@ class Server:
     def load(self, mode, **options):
         """Run the load generator against this server; return what it measured, with the server's own share of time.
 
+        A reply that is wrong or missing is a failure, not a slow server.
         "busy" is the part of the run in which the server had a processor: well below 1 on one core means that the
         load generator, or another program, was what limited it.
         """
@@ -133,6 +134,9 @@ class Server:
         if done.returncode or self.process.poll() is not None:
             raise Failed(done.stderr.decode().strip() + self.last_words())
         result = json.loads(done.stdout.decode())
+        if result["errors"]:
+            raise Failed("%d connections lost or answered wrongly; %s"
+                         % (result["errors"], done.stderr.decode().strip().replace("\n", "; ")))
         result["busy"] = (self.cpu_seconds() - before) / took
         return result
 

@@ -141,7 +141,7 @@ static void start_measuring(void)
 {
     memset(&result.bucket, 0, sizeof result.bucket);
     result.messages = result.max = result.count = 0;
-    result.begun = now();
+    result.begun = result.ended = now();
 }
 
 static void report(const char *more, ...)

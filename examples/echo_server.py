@@ -1,0 +1,30 @@
+"""The smallest useful server: packets behind a 4-byte big-endian length; the handler gets each without its header.
+
+    python examples/echo_server.py --port 7878
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import leviathan  # noqa: E402
+
+
+def echo(session, packet):
+    session.send(packet)        # the framing puts the header back
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--port", type=int, default=7878, help="0: the system chooses")
+    args = options.parse_args()
+
+    server = leviathan.Communicator(leviathan.LengthPrefix(4), echo)
+    listener = server.listen(args.port, args.host)
+    print("echo_server listens on %s:%d" % listener.address, flush=True)
+    leviathan.run(server)       # until Ctrl-C or SIGTERM; what is queued is still sent
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A queue for events alone: no sockets, no SessionManager. Work posted to idle threads, timers, and an orderly end.
+
+    python examples/events.py --seconds 1
+"""
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import leviathan  # noqa: E402
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--seconds", type=float, default=1.0, help="how long it runs")
+    args = options.parse_args()
+    done = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *unused: done.set())
+
+    def work(number):                       # on whichever of the two threads is idle
+        time.sleep(0.05)
+        print("job %d done by %s" % (number, threading.current_thread().name), flush=True)
+
+    def tick():
+        print("tick", flush=True)
+
+    queue = leviathan.EventQueue(threads=2, name="worker")
+    queue.start()
+    for number in range(4):
+        queue.post(work, number)
+    ticker = queue.every(args.seconds / 5, tick)        # never twice at once; a late one is not made up for
+    never = queue.call_later(3600, print, "nobody waits for this")
+    never.cancel()
+    queue.call_later(args.seconds, done.set)
+    done.wait()
+    ticker.cancel()
+    queue.stop()                            # runs what is still posted, then ends the threads
+    print("%(events)d events on %(threads)d threads" % queue.statistics())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Queues split by role: one accepts, one serves the clients, one keeps the connection to another server.
+
+A client sends a line; it goes to the upstream server with a ticket number before it, and the answer goes back to the
+client the ticket was for. Without --upstream the example starts an upstream of its own, which shouts.
+
+    python examples/roles.py --port 7878        and then:  nc 127.0.0.1 7878
+"""
+import argparse
+import itertools
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import leviathan  # noqa: E402
+
+tickets = itertools.count(1)
+waiting = {}                                # {ticket: session of the client that waits for the answer}
+
+
+def shout(session, line):                   # the upstream server's part: "7 hello" -> "7 HELLO"
+    session.send(line.upper())
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--port", type=int, default=7878, help="0: the system chooses")
+    options.add_argument("--upstream", metavar="HOST:PORT")
+    args = options.parse_args()
+    lines = leviathan.Delimited(b"\n")
+
+    def ask(session, line):                 # on one of the clients' threads
+        ticket = next(tickets)
+        waiting[ticket] = session
+        if not (link.session and link.session.send(b"%d %b" % (ticket, line.strip()))):
+            waiting.pop(ticket, None)
+            session.send(b"the upstream is down")
+
+    def answer(session, line):              # on one of the upstream's threads; send() may be called from any
+        ticket, _, text = line.partition(b" ")
+        client = waiting.pop(int(ticket), None)
+        if client is not None:
+            client.send(text)               # False if that client has gone: its session is nobody else's now
+
+    accepting = leviathan.EventQueue(1, name="accept")
+    clients = leviathan.Communicator(lines, ask, queue=leviathan.EventQueue(4, name="clients"), name="clients")
+    upstream = leviathan.Communicator(lines, answer, queue=leviathan.EventQueue(2, name="upstream"), name="upstream")
+    gate = leviathan.Communicator(lines, ask, queue=accepting, name="gate")         # accepts only: see serve=
+    servers = leviathan.CommunicatorList(gate, clients, upstream)
+    if not args.upstream:
+        shouter = leviathan.Communicator(lines, shout, queue=accepting, name="shouter")
+        servers.add(shouter)
+        args.upstream = "%s:%d" % shouter.listen(0).address
+    host, _, port = args.upstream.rpartition(":")
+    link = upstream.connect(host, int(port), reconnect=True)
+    listener = gate.listen(args.port, args.host, serve=clients)
+    print("roles listens on %s:%d" % listener.address, flush=True)
+    servers.run()
+
+
+if __name__ == "__main__":
+    main()

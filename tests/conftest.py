@@ -1,0 +1,223 @@
+"""What the tests share: servers on free ports, sockets with timeouts, and the proof after each test that nothing leaked."""
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import leviathan  # noqa: E402
+
+DEADLINE = 10.0         # seconds until a test gives up waiting: long, since only a failing test waits so long
+_TICK = threading.Event()       # never set: its wait() is a short pause between two looks
+
+
+def eventually(predicate, deadline=DEADLINE):
+    """Look until predicate() is true and return what it said; AssertionError after *deadline* seconds."""
+    end = time.monotonic() + deadline
+    while True:
+        result = predicate()
+        if result:
+            return result
+        if time.monotonic() > end:
+            raise AssertionError("not within %s s: %s" % (deadline, predicate))
+        _TICK.wait(0.003)
+
+
+class Log:
+    """A list that several threads append to, and that can be waited for."""
+
+    def __init__(self):
+        self.items = []
+        self.changed = threading.Condition()
+
+    def add(self, *item):
+        """Append; a single argument as it is, several as a tuple."""
+        with self.changed:
+            self.items.append(item[0] if len(item) == 1 else item)
+            self.changed.notify_all()
+
+    def wait(self, count=1, deadline=DEADLINE):
+        """The items, once there are *count* of them."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.items) >= count, deadline), \
+                "%d of %d items within %s s: %r" % (len(self.items), count, deadline, self.items[-5:])
+            return list(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+
+def connect(listener, timeout=DEADLINE, **options):
+    """A client's socket, connected to a Listener or an address."""
+    address = getattr(listener, "address", listener)
+    if isinstance(address, str):
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    else:
+        client = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    client.settimeout(timeout)
+    for name, value in options.items():
+        client.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    try:
+        client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def read_exactly(client, size):
+    """*size* bytes; AssertionError when the connection ends before."""
+    data = bytearray()
+    while len(data) < size:
+        part = client.recv(min(1 << 18, size - len(data)))
+        assert part, "the connection ended after %d of %d bytes" % (len(data), size)
+        data += part
+    return bytes(data)
+
+
+def read_to_end(client):
+    """Everything until the connection ends, by FIN or by reset."""
+    data = bytearray()
+    while True:
+        try:
+            part = client.recv(1 << 18)
+        except ConnectionError:
+            part = b""
+        if not part:
+            return bytes(data)
+        data += part
+
+
+def frame(packet):
+    """*packet* behind a 4-byte big-endian length."""
+    return struct.pack(">I", len(packet)) + packet
+
+
+def read_frame(client):
+    """The content of one such packet."""
+    return read_exactly(client, struct.unpack(">I", read_exactly(client, 4))[0])
+
+
+def echo(session, packet):
+    session.send(packet)
+
+
+class Server:
+    """A Communicator that listens and runs, its callbacks noted in `log` as (name, session, ...)."""
+
+    def __init__(self, harness, framing=None, on_packet=echo, *, listen=True, start=True, threads=1, **settings):
+        self.log = Log()
+        self.connected = Log()
+        self.ended = Log()          # (session, reason, error)
+        self.harness = harness
+        self.manager = settings.setdefault("manager", None) or harness.manager()
+        settings["manager"] = self.manager
+        if settings.get("queue") is None:
+            settings["queue"] = harness.queue(threads)
+        user_connect, user_disconnect = settings.get("on_connect"), settings.get("on_disconnect")
+
+        def on_connect(session):
+            self.log.add("connect", session)
+            self.connected.add(session)
+            if user_connect is not None:
+                user_connect(session)
+
+        def on_packet_noted(session, packet):
+            self.log.add("packet", session)
+            on_packet(session, packet)
+
+        def on_disconnect(session, reason, error):
+            self.log.add("disconnect", session)
+            self.ended.add(session, reason, error)
+            if user_disconnect is not None:
+                user_disconnect(session, reason, error)
+
+        settings["on_connect"], settings["on_disconnect"] = on_connect, on_disconnect
+        self.communicator = leviathan.Communicator(framing or leviathan.LengthPrefix(4), on_packet_noted, **settings)
+        self.queue = self.communicator.queue
+        self.list = harness.add(leviathan.CommunicatorList(self.communicator))
+        self.listener = self.communicator.listen(0) if listen else None
+        if start:
+            self.list.start()
+
+    @property
+    def address(self):
+        return self.listener.address
+
+    def client(self, **options):
+        """A socket connected to the server; closed after the test."""
+        return self.harness.connect(self.listener, **options)
+
+    def pair(self, **options):
+        """(client's socket, the server's session for it)."""
+        client = self.client(**options)
+        name = client.getsockname()[:2]
+        return client, eventually(lambda: next((session for session in self.connected.wait() if session.peer == name),
+                                               None))
+
+    def stop(self, timeout=leviathan.STOP_TIMEOUT):
+        return self.list.stop(timeout)
+
+
+class Harness:
+    """Makes what a test needs and takes it down afterwards."""
+
+    def __init__(self):
+        self.managers, self.lists, self.queues, self.sockets = [], [], [], []
+
+    def manager(self, **settings):
+        manager = leviathan.SessionManager(**settings)
+        self.managers.append(manager)
+        return manager
+
+    def queue(self, threads=1, **settings):
+        queue = leviathan.EventQueue(threads, **settings)
+        self.queues.append(queue)
+        return queue
+
+    def add(self, members):
+        self.lists.append(members)
+        return members
+
+    def keep(self, sock):
+        """Have a socket closed after the test."""
+        self.sockets.append(sock)
+        return sock
+
+    def connect(self, listener, **options):
+        return self.keep(connect(listener, **options))
+
+    def serve(self, framing=None, on_packet=echo, **settings):
+        return Server(self, framing, on_packet, **settings)
+
+    def close(self):
+        for sock in self.sockets:
+            sock.close()
+        for members in self.lists:
+            members.stop(2.0)
+        for queue in self.queues:
+            queue.stop()
+        for manager in self.managers + list(leviathan._default_manager):
+            statistics = manager.statistics()
+            left = {name: statistics[name] for name in ("leased", "operations", "sessions", "memory", "waiting")}
+            assert not any(left.values()), left
+
+
+@pytest.fixture(autouse=True)
+def harness():
+    """Everything a test starts ends with it, and no pool has anything leased then (DESIGN 4)."""
+    made = Harness()
+    yield made
+    made.close()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("leviathan")])
+
+
+@pytest.fixture
+def serve(harness):
+    """serve(framing, on_packet, **settings of Communicator): a running Server."""
+    return harness.serve
