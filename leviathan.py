@@ -63,6 +63,7 @@ LOW_WATER = 1 << 14             # and below which it resumes
 SEND_LIMIT = 1 << 24            # unsent bytes at which a peer that does not read is closed
 COPY_MAX = 1 << 16              # an unsent rest up to this is copied into a SendBuf, a larger one kept as it is
 GROW_MAX = 1 << 16              # a peer that fills its RecvBuf gets one twice as large, up to this
+CORK_MAX = 64                   # packets that one handler queues before the first of them leave
 SEND_INLINE = 1 << 14           # a larger packet is queued beside its header instead of being copied behind it
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
 STOP_TIMEOUT = 10.0             # seconds that a stop lets queued bytes leave
@@ -286,7 +287,11 @@ class LengthPrefix(Framing):
                 raise ValueError("a packet of %d bytes does not fit a length of %d bytes" % (len(packet), self.size))
             return length.to_bytes(self.size, self.byteorder) + packet          # type: ignore[arg-type]
         data = bytes(packet)
-        if self.parse(data, 0, len(data)) != len(data):
+        try:
+            size = self.parse(data, 0, len(data))
+        except FramingError as error:
+            raise ValueError(str(error)) from None      # not the peer's fault
+        if size != len(data):
             raise ValueError("the packet's header does not say the packet's length (%d bytes)" % len(data))
         return data
 
@@ -412,10 +417,16 @@ class Delimited(Framing):
 
     def split(self, buffer: Any, start: int, end: int, seen: int = 0) -> Iterator[Tuple[bytes, int]]:
         """As Framing.split, but the buffer is copied once and not once for every line in it."""
+        if seen:                            # the rest of a slow packet: look at the new bytes alone
+            size = self.parse(buffer, start, end, seen)
+            if not size:
+                return
+            yield self.decode(buffer, start, start + size), start + size
+            start += size
         data = bytes(buffer[start:end])
         delimiter, width, find = self.delimiter, len(self.delimiter), data.find
         begin = 0
-        at = find(delimiter, max(0, seen - width + 1))
+        at = find(delimiter)
         while at >= 0:
             stop = at + width
             if stop - begin > self.max_packet:
@@ -696,7 +707,7 @@ class Channel:
     `posted` and `state` are the exceptions: the engine's lock guards them. Users need none of this.
     """
 
-    __slots__ = ("socket", "worker", "thread", "cork", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
+    __slots__ = ("socket", "worker", "thread", "cork", "pack", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
                  "need", "room", "seen", "paused", "interest", "last", "since", "received", "state", "reason", "error",
                  "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline")
 
@@ -705,7 +716,8 @@ class Channel:
 
     socket: Any
     worker: Any                     # the engine's
-    thread: int                     # ident of the thread whose sends need no lock; 0: none
+    thread: int                     # ident of the thread whose sends need no lock and no counting, or 0
+    pack: Any                       # the framing's, for the fast path of `send`
     cork: Any                       # called with the session when the first bytes are queued
     out: List[bytes]                # queued behind the outstanding send
     unsent: int                     # bytes queued and outstanding
@@ -766,6 +778,7 @@ class Session(Channel):
         self.reason = self.error = self.deadline = None
         self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
         self.out = []
+        self.pack = communicator.framing.pack
         self.last = self.since = 0.0
         self.received = communicator._received
         self.state = State.CONNECTING
@@ -795,25 +808,29 @@ class Session(Channel):
         after a True: ok is True when the last byte is with the kernel, False when the connection ended before.
         Raises what the framing's encode raises: ValueError or TypeError for what it cannot carry.
         """
-        # The fast path: on the thread that owns the session, which is where handlers run. get_ident() is 30 ns, a lock
-        # would be 80. `thread` is 0 once the session is closing, so no state is asked here.
+        # The fast path: on the thread that owns the session, which is where handlers run, and with nothing outstanding:
+        # `thread` is 0 otherwise, so no state is asked here and no byte is counted before the flush. get_ident() is
+        # 60 ns, a lock would be 90. Counting bytes here was 35 ns of 700, calling framing.encode is 60.
         if get_ident() == self.thread and on_sent is None:
-            framing = self.communicator.framing
-            pack = framing.pack
-            size = len(packet) if pack is not None else SEND_INLINE
-            if size < SEND_INLINE:
+            pack = self.pack
+            if pack is None:
+                data = self.communicator.framing.encode(packet)
+            elif len(packet) < SEND_INLINE:
                 try:
-                    data = pack(size) + packet          # type: ignore[misc]
+                    data = pack(len(packet)) + packet
                 except struct.error:
-                    data = framing.encode(packet)       # says in words what does not fit
-                out = self.out
-                if not out:
-                    self.cork(self)
-                out.append(data)
-                self.unsent = unsent = self.unsent + len(data)
-                if unsent > self.high_water:
-                    self.worker.congested(self)
-                return True
+                    data = self.communicator.framing.encode(packet)         # says in words what does not fit
+            else:
+                return self._queue(self._encode(packet), None)
+            if len(data) > SEND_INLINE:
+                return self._queue((data,), None)
+            out = self.out
+            if not out:
+                self.cork(self)
+            out.append(data)
+            if len(out) > CORK_MAX:
+                self.worker.flush_early(self)
+            return True
         return self._queue(self._encode(packet), on_sent)
 
     def write(self, data: BytesLike, on_sent: Optional[OnSent] = None) -> bool:
@@ -865,9 +882,11 @@ class Session(Channel):
         return True
 
     def _on_owner(self, function: Callable[..., Any], *args: Any) -> None:
-        if get_ident() == self.thread:
+        if self.worker is None:
+            return
+        if get_ident() == self.worker.ident:
             function(*args)
-        elif self.worker is not None:
+        else:
             self.communicator.queue.engine.run_on_owner(self, function, *args)
 
     def resume_for(self, bit: int) -> None:

@@ -533,7 +533,7 @@ class Worker:
             else:
                 events = poll(max(0.0, due - monotonic()), MAX_EVENTS)
             self.now = now = monotonic()
-            received = 0
+            received = sends = sent = 0
             for fd, mask in events:
                 try:
                     session = streams[fd]
@@ -555,7 +555,24 @@ class Worker:
                 else:
                     self.core.on_eof(session)
                 if dirty:
-                    self._flush()
+                    # Nearly always it is one reply to this very session. Two calls less are 0.1 of 4.9 us.
+                    out = session.out
+                    if len(dirty) == 1 and len(out) == 1 and session.sending is None and session.marks is None:
+                        data = out.pop()
+                        dirty.clear()
+                        try:
+                            count = session.socket.send(data)
+                        except OSError as error:
+                            self._send_failed(session, data, error)
+                            continue
+                        sends += 1
+                        sent += count
+                        if count != len(data):
+                            self._outstanding(session, data, count)
+                    else:
+                        self._flush()
+            self.sends += sends
+            self.sent += sent
             self.turns += 1
             self.receives += len(events)
             self.received += received
@@ -846,7 +863,8 @@ class Worker:
                 self.received += count
                 session.filled += count
                 if session.filled < session.need:
-                    return                  # the packet's length is known, and more of it is to come
+                    session.room = session.room[count:]     # the packet's length is known, and more of it is to come
+                    return
                 session.received(session, partial.array, session.filled)
         if self.dirty:
             self._flush()
@@ -887,25 +905,34 @@ class Worker:
             return
         self._append(session, chunks, size, on_sent)
 
-    def _append(self, session: Any, chunks: Tuple[bytes, ...], size: int, on_sent: Optional[Callable[..., Any]]) -> None:
-        if not session.out:
-            self.dirty.append(session)
+    def _append(self, session: Any, chunks: Tuple[bytes, ...], size: int,
+                on_sent: Optional[Callable[..., Any]]) -> None:
+        if session.sending is None:
+            session.unsent = sum(map(len, session.out))     # the fast path of Session.send does not count
+            if not session.out:
+                self.dirty.append(session)
+        before = session.unsent
         session.out.extend(chunks)
         session.unsent += size
         if on_sent is not None:
             session.mark(on_sent)
         if session.unsent > session.high_water:
-            self.congested(session)
+            if session.sending is None:
+                self._send_now(session)     # perhaps the kernel takes it all
+            self._check_limits(session, before)
 
-    def congested(self, session: Any) -> None:
-        """More is unsent than the high-water mark: send now; if that does not help, pause, or give the session up."""
+    def flush_early(self, session: Any) -> None:
+        """A handler has queued so much that the first part of it should leave."""
         if session.sending is None and session.out:
             self._send_now(session)
-        if session.unsent <= session.high_water or not session.is_open():
+
+    def _check_limits(self, session: Any, before: int) -> None:
+        """The kernel does not take what is queued: pause above the high-water mark, give up at the hard limit."""
+        if not session.is_open():
             return
-        if session.unsent > session.send_limit and len(session.out) > 1:
+        if session.unsent > session.send_limit and before:      # one packet of any size is let through
             self.overflow(session)
-        else:
+        elif session.unsent > session.high_water:
             session.congested()
 
     def overflow(self, session: Any) -> None:
@@ -927,22 +954,27 @@ class Worker:
             self._send_gather(session)
             return
         data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
         try:
             sent = session.socket.send(data)
-        except BlockingIOError:
-            sent = 0
         except OSError as error:
-            self.close_session(session, False, None, error)
+            self._send_failed(session, data, error)
             return
         self.sends += 1
         self.sent += sent
-        out.clear()
         if sent == len(data):
             session.unsent = 0
             if session.marks is not None:
                 session.progress(sent)
         else:
             self._outstanding(session, data, sent)
+
+    def _send_failed(self, session: Any, data: bytes, error: OSError) -> None:
+        """Nothing of *data* was taken: the socket's buffer is full, or the peer is gone."""
+        if isinstance(error, (BlockingIOError, InterruptedError)):
+            self._outstanding(session, data, 0)
+        else:
+            self.close_session(session, False, None, error)
 
     def _send_gather(self, session: Any) -> None:
         """The same for large amounts: chunk by chunk, without a copy."""
@@ -956,6 +988,7 @@ class Worker:
             return
         self.sends += 1
         self.sent += sent
+        session.unsent = sum(map(len, out)) - sent
         done = 0
         left = sent
         for chunk in out:
@@ -963,20 +996,25 @@ class Worker:
                 break
             left -= len(chunk)
             done += 1
-        session.unsent -= sent - left
         first = out[done] if done < len(out) else None
         del out[:done + 1]
-        if sent - left and session.marks is not None:
-            session.progress(sent - left)
-        if first is not None:
-            self._outstanding(session, first, left)
-
-    def _outstanding(self, session: Any, data: bytes, sent: int) -> None:
-        """The kernel took *sent* bytes of *data*: the rest is the session's outstanding send."""
-        session.sending = self.core.begin_send(session, data, sent)
-        session.unsent -= sent
         if sent and session.marks is not None:
             session.progress(sent)
+        if first is not None:
+            self._begin_send(session, first, left)
+
+    def _outstanding(self, session: Any, data: bytes, sent: int) -> None:
+        """The kernel took *sent* bytes of *data*, which was all that was queued."""
+        session.unsent = len(data) - sent
+        if sent and session.marks is not None:
+            session.progress(sent)
+        self._begin_send(session, data, sent)
+        self._check_limits(session, 0)
+
+    def _begin_send(self, session: Any, data: bytes, sent: int) -> None:
+        """The rest of *data* becomes the session's outstanding send; from here on every queued byte is counted."""
+        session.sending = self.core.begin_send(session, data, sent)
+        session.thread = 0
         self._rearm_sending(session)
 
     def _rearm_sending(self, session: Any) -> None:
@@ -1011,6 +1049,8 @@ class Worker:
             self._rearm_sending(session)
             if not session.is_open() or session.fin:
                 self.post(self._drained, session)
+            else:
+                session.thread = self.ident
         if session.unsent <= session.low_water:
             session.relieved()
 
@@ -1078,7 +1118,8 @@ class Worker:
             return
         if not session.move("sent"):
             return
-        if self._send_fin(session) and not session.eof and self._discard(session) and _unacknowledged(session.socket):
+        waits = _unacknowledged(session.socket)     # before the FIN, which would count as a byte
+        if self._send_fin(session) and not session.eof and self._discard(session) and waits:
             if session.deadline is not None:
                 session.deadline.cancel()
             session.deadline = self.engine.call_later(LINGER, 0, self.post, self._closed, session)

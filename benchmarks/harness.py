@@ -2,6 +2,7 @@
 
 Nothing here knows a case or prints a result: see cases.py and run.py.
 """
+import fcntl
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 
 from build import cache_folder, compiled
 
@@ -31,6 +33,14 @@ class Missing(Exception):
 
 class Failed(Exception):
     """A server or the load generator did not do its job; the message says how."""
+
+
+@contextmanager
+def machine_to_itself():
+    """While this is held no other run of these benchmarks (of the same user) measures: two at once would halve both."""
+    with open(os.path.join(cache_folder(), "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cores():

@@ -14,7 +14,7 @@ import time
 
 from build import compiled
 from cases import CASES, Settings
-from harness import HERE, ROOT, Failed, Missing, cores
+from harness import HERE, ROOT, Failed, Missing, cores, machine_to_itself
 import chart
 import report
 
@@ -33,7 +33,8 @@ def progress(text):
 def measure_once(case, contender, settings, result):
     """Add one sample, or note why there is none."""
     try:
-        sample = case.measure(contender, case, settings)
+        with machine_to_itself():
+            sample = case.measure(contender, case, settings)
     except Missing as missing:
         result["missing"][contender] = str(missing)
         progress("%s %s: missing, %s" % (case.name, contender, missing))

@@ -59,7 +59,7 @@ def serve_leviathan(options):
     def to_all(session, packet):
         session.communicator.broadcast(packet)
 
-    framing = leviathan.LengthPrefix(4, max_packet=options.max_packet)
+    framing = leviathan.LengthPrefix(4, max_packet=4 + options.max_packet)      # its limit counts the header too
     queue = {"queue": leviathan.EventQueue(threads=options.threads)} if options.threads else {}
     server = leviathan.Communicator(framing, to_all if options.broadcast else echo, **queue)
     listener = server.listen(options.port)

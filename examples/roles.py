@@ -53,6 +53,11 @@ def main():
         args.upstream = "%s:%d" % shouter.listen(0).address
     host, _, port = args.upstream.rpartition(":")
     link = upstream.connect(host, int(port), reconnect=True)
+    servers.start()
+    try:
+        link.wait(5)                        # on the main thread only: a handler must not wait
+    except TimeoutError as error:
+        print("%s; clients are told so until it is up" % error, flush=True)
     listener = gate.listen(args.port, args.host, serve=clients)
     print("roles listens on %s:%d" % listener.address, flush=True)
     servers.run()

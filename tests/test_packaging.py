@@ -1,0 +1,315 @@
+"""Copied flat, vendored in a package, bundled into one file; imported without effect; the command line."""
+import ast
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from conftest import connect, frame, read_frame
+from test_examples import PATIENCE, ROOT, Program
+
+MODULES = ["leviathan.py", "leviathan_linux.py"]
+ECHO = """
+    import sys
+    def handler(session, packet):
+        session.send(packet)
+    server = leviathan.Communicator(leviathan.LengthPrefix(4), handler)
+    print("%s:%d" % server.listen(0).address, flush=True)
+    leviathan.run(server)
+""".replace("\n    ", "\n")
+
+
+def run(*arguments, cwd, **options):
+    """(exit status, stdout, stderr) of a Python program that ends by itself."""
+    done = subprocess.run([sys.executable] + [str(argument) for argument in arguments], cwd=str(cwd),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=PATIENCE,
+                          **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def copy_to(folder, names=MODULES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(os.path.join(ROOT, name), str(folder / name))
+    return folder
+
+
+def assert_it_echoes(program):
+    client = program.client()
+    with client:
+        client.sendall(frame(b"hello"))
+        assert read_frame(client) == b"hello"
+    assert program.end() == (0, "", "")
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """The path of a bundle, alone in its directory."""
+    (tmp_path / "bundled").mkdir()
+    path = tmp_path / "bundled" / "leviathan.py"
+    status, _, err = run(os.path.join(ROOT, "leviathan.py"), "bundle", path, cwd=tmp_path)
+    assert (status, err) == (0, "")
+    return path
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+def test_flat_copy(tmp_path):
+    copy_to(tmp_path)
+    (tmp_path / "server.py").write_text("import leviathan\n" + ECHO)
+    with Program(tmp_path / "server.py", cwd="/") as server:
+        assert_it_echoes(server)
+
+
+def test_vendored_in_a_package(tmp_path):
+    copy_to(tmp_path / "myapp" / "_vendor")
+    for folder in (tmp_path / "myapp", tmp_path / "myapp" / "_vendor"):
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "server.py").write_text("from myapp._vendor import leviathan\n"
+                                        "assert leviathan._engine.__name__ == 'myapp._vendor.leviathan_linux'\n" + ECHO)
+    with Program(tmp_path / "server.py", cwd="/") as server:
+        assert_it_echoes(server)
+
+
+def test_two_copies_in_one_process(tmp_path):
+    """A program's own copy and that of a package it uses do not meet."""
+    copy_to(tmp_path)
+    copy_to(tmp_path / "other")
+    (tmp_path / "other" / "__init__.py").write_text("")
+    (tmp_path / "both.py").write_text("import leviathan\nfrom other import leviathan as second\n"
+                                      "assert leviathan._engine is not second._engine\n" + ECHO)
+    with Program(tmp_path / "both.py", cwd="/") as server:
+        assert_it_echoes(server)
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_a_missing_engine_is_named(tmp_path, package):
+    copy_to(tmp_path / "vendored", ["leviathan.py"])
+    (tmp_path / "vendored" / "__init__.py").write_text("")
+    code = "from vendored import leviathan" if package else "import sys; sys.path.insert(0, 'vendored'); import leviathan"
+    status, _, err = run("-S", "-E", "-c", code, cwd=tmp_path)      # without what may be installed here
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and last.startswith("ImportError: ")
+    assert "copy it next to" in last and "leviathan_linux.py" in last and "bundle" in last
+    assert str(tmp_path / "vendored" / "leviathan.py") in last
+
+
+# -- bundle -----------------------------------------------------------------------------------------------------------
+
+def test_bundle_flat(bundle, tmp_path):
+    (bundle.parent / "server.py").write_text("import leviathan\n" + ECHO)
+    with Program("-S", bundle.parent / "server.py", cwd=tmp_path) as server:
+        assert_it_echoes(server)
+
+
+def test_bundle_in_a_package(bundle, tmp_path):
+    (bundle.parent / "__init__.py").write_text("")
+    (tmp_path / "server.py").write_text("from bundled import leviathan\n" + ECHO)
+    with Program("-S", tmp_path / "server.py", cwd="/") as server:
+        assert_it_echoes(server)
+
+
+def test_bundle_as_a_script(bundle):
+    with Program("-S", bundle, "--port", 0, cwd="/") as server:
+        with server.client() as client:
+            client.sendall(frame(b"hello"))
+            assert read_frame(client) == b"hello"
+        status, _, err = server.end()
+        assert (status, err) == (0, "")
+
+
+def test_bundle_of_a_bundle(bundle, tmp_path):
+    """It says what to do instead, or makes the same file again."""
+    status, _, err = run(bundle, "bundle", tmp_path / "again.py", cwd=tmp_path)
+    if status:
+        assert status == 2 and len(err.splitlines()) == 1
+    else:
+        assert (tmp_path / "again.py").read_bytes() == bundle.read_bytes()
+
+
+def test_a_traceback_in_a_bundle_names_its_file_and_line(bundle):
+    (bundle.parent / "raise.py").write_text("import leviathan\nleviathan._engine.Engine(leviathan._Core, 'x', 'two')\n")
+    status, _, err = run("-S", bundle.parent / "raise.py", cwd="/")
+    assert status == 1
+    source = bundle.read_text(encoding="utf-8").split("\n")
+    place = [line for line in err.splitlines() if line.strip().startswith('File "%s", line ' % bundle)][-1]
+    number = int(place.split(", line ")[1].split(",")[0])
+    assert "range(threads)" in source[number - 1]
+    assert "range(threads)" in err                      # and the traceback shows that line
+
+
+def test_the_bundle_has_the_sources_as_they_are(bundle):
+    text = bundle.read_text(encoding="utf-8")
+    with open(os.path.join(ROOT, "leviathan_linux.py"), encoding="utf-8") as file:
+        assert file.read().rstrip("\n") in text
+    assert ROOT not in text
+
+
+# -- import -----------------------------------------------------------------------------------------------------------
+
+def test_importing_changes_nothing(tmp_path):
+    code = """
+import ctypes, os, signal, socket, sys, threading
+sys.path.insert(0, %r)
+def state():
+    return (threading.active_count(), sorted(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0,
+            [signal.getsignal(number) for number in range(1, signal.NSIG)], signal.set_wakeup_fd(-1),
+            socket.getdefaulttimeout(), sys.getswitchinterval(), sys.excepthook, threading.excepthook,
+            dict(os.environ), os.getcwd(), sys.getrecursionlimit(), os.umask(0o22), sys.path[:])
+os.umask(0o22)
+before = state()
+import leviathan
+assert state() == before, (before, state())
+for name in ("asyncio", "logging", "configparser", "argparse", "ssl"):
+    assert name not in sys.modules, name
+""" % ROOT
+    assert run("-S", "-c", code, cwd=tmp_path) == (0, "", "")
+
+
+def test_only_the_standard_library_is_imported():
+    names = getattr(sys, "stdlib_module_names", None)
+    if names is None:
+        pytest.skip("this Python has no list of its modules (3.10 has)")
+    for module in MODULES:
+        with open(os.path.join(ROOT, module), encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, "%s: a relative import does not work flat" % module
+                found = [node.module]
+            else:
+                continue
+            for name in found:
+                assert name.split(".")[0] in names, "%s imports %s" % (module, name)
+
+
+def test_the_engine_does_not_import_the_core():
+    with open(os.path.join(ROOT, "leviathan_linux.py"), encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)
+                and any(alias.name.startswith("leviathan") for alias in node.names)]
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+def leviathan_program(tmp_path, *arguments, ready=True):
+    return Program(os.path.join(ROOT, "leviathan.py"), *arguments, cwd=tmp_path, ready=ready)
+
+
+def outcome(tmp_path, *arguments):
+    return run(os.path.join(ROOT, "leviathan.py"), *arguments, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_main_job(tmp_path, number):
+    """`python leviathan.py` answers a client, and ends with 0."""
+    with leviathan_program(tmp_path, "--port", 0) as server:
+        with server.client() as client:
+            client.sendall(frame(b"hello") * 3)
+            assert [read_frame(client) for _ in range(3)] == [b"hello"] * 3
+        status, _, err = server.end(number)
+        assert (status, err) == (0, "")
+
+
+def test_the_line_to_try_works(tmp_path):
+    """The hint that `python leviathan.py` prints, taken by its word."""
+    with leviathan_program(tmp_path, "--port", 0) as server:
+        hint = server.process.stdout.readline()
+        assert hint.startswith("try: python -c ")
+        status, out, err = run("-c", hint.split('"')[1], cwd=tmp_path)
+        assert (status, err) == (0, "") and "hello" in out
+        assert server.end()[0] == 0
+
+
+def test_the_default_address_is_7878_on_localhost(tmp_path):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", 7878))
+        except OSError:
+            pytest.skip("port 7878 is in use here")
+    with leviathan_program(tmp_path) as server:
+        assert server.address == ("127.0.0.1", 7878)
+        assert server.end()[0] == 0
+
+
+def test_version(tmp_path):
+    status, out, _ = outcome(tmp_path, "--version")
+    assert status == 0 and "0.1.0" in out
+
+
+def test_serve(tmp_path):
+    (tmp_path / "handlers.py").write_text("def shout(session, packet):\n    session.send(packet.upper())\n")
+    (tmp_path / "my.ini").write_text("[HEADER]\nSIZE_END_CHAR=,\n[COMUNICATOR]\nCOUNT=1\n[COMUNICATOR_1]\n"
+                                     "LISTEN=127.0.0.1:0\nHANDLER=handlers:shout\n")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    with leviathan_program(other, "serve", tmp_path / "my.ini") as server:
+        with server.client() as client:
+            client.sendall(b"5,hello")
+            assert client.recv(100) == b"5,HELLO"
+        assert server.end() == (0, "", "")
+
+
+def test_serve_check(tmp_path):
+    """A right file is said to be right, also while a server holds its port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (tmp_path / "my.ini").write_text("[COMUNICATOR]\nCOUNT=1\n[COMUNICATOR_1]\nHANDLER=leviathan:echo\n"
+                                         "LISTEN=127.0.0.1:%d\n" % taken.getsockname()[1])
+        status, out, err = outcome(tmp_path, "serve", "my.ini", "--check")
+    assert (status, err) == (0, "") and "my.ini" in out
+
+
+def test_the_default_ini_is_right(tmp_path):
+    status, out, err = outcome(tmp_path, "config")
+    assert (status, err) == (0, "")
+    (tmp_path / "default.ini").write_text(out)
+    assert outcome(tmp_path, "serve", "default.ini", "--check")[0] == 0
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[COMUNICATOR_1]\nIDLE_TIMEOUT=soon\n", ["[COMUNICATOR_1]", "IDLE_TIMEOUT", "soon", "seconds"]),
+    ("[SESSION]\nSESSION_MAX=many\n", ["[SESSION]", "SESSION_MAX", "many", "number"]),
+    ("[SESSION]\nSESION_MAX=5\n", ["[SESSION]", "SESION_MAX", "did you mean SESSION_MAX"]),
+    ("[HEADER]\nTYPE=nonsense\n", ["[HEADER]", "TYPE", "nonsense", "delimiter"]),
+    ("[COMUNICATOR_1]\nHANDLER=nowhere:nothing\n", ["HANDLER", "nowhere:nothing"]),
+    ("this is no INI file\n", ["my.ini"]),
+])
+def test_a_wrong_ini_is_one_line_and_status_2(tmp_path, text, words):
+    (tmp_path / "my.ini").write_text(text)
+    for arguments in (["serve", "my.ini"], ["serve", "my.ini", "--check"]):
+        status, out, err = outcome(tmp_path, *arguments)
+        assert (status, out) == (2, "")
+        assert len(err.splitlines()) == 1, err
+        for word in words + ["my.ini"]:
+            assert word in err, err
+
+
+def test_a_missing_ini_is_one_line_and_status_2(tmp_path):
+    status, _, err = outcome(tmp_path, "serve", "nowhere.ini")
+    assert status == 2 and len(err.splitlines()) == 1 and "nowhere.ini" in err
+
+
+def test_a_port_in_use_is_one_line_and_status_2(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, out, err = outcome(tmp_path, "--port", port)
+        assert (status, out) == (2, "")
+        assert len(err.splitlines()) == 1 and "127.0.0.1:%d" % port in err and "in use" in err, err
+        connect(taken.getsockname()).close()            # and the other's server is as it was
+
+
+def test_bad_usage_is_status_2(tmp_path):
+    assert outcome(tmp_path, "nonsense")[0] == 2
+    assert outcome(tmp_path, "serve")[0] == 2
+    assert outcome(tmp_path, "bundle", tmp_path / "no" / "such" / "directory.py")[0] == 2

@@ -1,0 +1,1355 @@
+"""Sessions over real sockets: life, sending, outgoing connections, event queues, stopping (A1 to A8, I3, I6, E2)."""
+import errno
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import leviathan
+from conftest import DEADLINE, Log, eventually, frame, read_exactly, read_frame, read_to_end
+from leviathan import Communicator, CommunicatorList, Delimited, FixedSize, Kind, LengthPrefix, Raw, Reason
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NO_IPV6 = not socket.has_ipv6
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def reset(client):
+    """Close with a reset instead of a FIN."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def free_port():
+    """A port at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# -- packets ----------------------------------------------------------------------------------------------------------
+
+def test_echo_of_packets_of_many_sizes(serve):
+    """A1: one function says how long a packet is, the other is handed each."""
+    client = serve().client()
+    for size in (0, 1, 3, 4, 5, 4095, 4096, 16379, 16384, 65536, 300000, 2097148):
+        packet = os.urandom(size)
+        threading.Thread(target=client.sendall, args=(frame(packet),), daemon=True).start()
+        assert read_frame(client) == packet
+
+
+def test_echo_of_a_thousand_pipelined_packets_in_order(serve):
+    client = serve().client()
+    packets = [b"%d" % number for number in range(1000)]
+    client.sendall(b"".join(map(frame, packets)))
+    assert [read_frame(client) for _ in packets] == packets
+
+
+def test_packets_that_come_byte_by_byte(serve):
+    client = serve().client()
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in frame(b"hello") + frame(b"") + frame(b"world"):
+        client.sendall(bytes([byte]))
+    assert [read_frame(client) for _ in range(3)] == [b"hello", b"", b"world"]
+
+
+@pytest.mark.parametrize("framing, sent, got", [
+    (Delimited(b"\n"), b"one\ntwo\n", b"one\ntwo\n"),
+    (leviathan.TextLength(), b"5,hello2,hi", b"5,hello2,hi"),
+    (FixedSize(3), b"abcdef", b"abcdef"),
+    (Raw(), b"anything", b"anything"),
+    (lambda view: view[0] if len(view) else 0, b"\3ab\1", b"\3ab\1"),
+], ids=["lines", "text", "fixed", "raw", "function"])
+def test_echo_with_each_framing(serve, framing, sent, got):
+    """A1, H2, H4."""
+    client = serve(framing).client()
+    client.sendall(sent)
+    assert read_exactly(client, len(got)) == got
+
+
+def test_an_idle_session_holds_no_buffer(serve):
+    """DESIGN 4: only an incomplete packet has a RecvBuf (B2)."""
+    server = serve()
+    client = server.client()
+    client.sendall(frame(b"x") + b"\0\0")
+    assert read_frame(client) == b"x"
+    eventually(lambda: server.manager.statistics()["leased"] == 1)
+    client.sendall(b"\0\1y")
+    assert read_frame(client) == b"y"
+    eventually(lambda: server.manager.statistics()["leased"] == 0)
+    assert server.manager.statistics()["sessions"] == 1
+
+
+def test_big_packets_and_their_memory_comes_back(serve):
+    """8 MiB with max_packet raised: over the largest kept class, so nothing of it stays (B2)."""
+    server = serve(LengthPrefix(4, max_packet=16 << 20))
+    client = server.client()
+    packet = os.urandom(1 << 20) * 8
+    for _ in range(2):
+        sender = threading.Thread(target=client.sendall, args=(frame(packet),), daemon=True)
+        sender.start()
+        assert read_frame(client) == packet
+        sender.join(DEADLINE)
+    eventually(lambda: server.manager.statistics()["memory"] == 0)
+    classes = server.manager.statistics()["classes"]
+    assert classes[16 << 20]["high"] == 1
+    assert classes[16 << 20]["made"] == classes[16 << 20]["free"] == 0
+
+
+def test_write_goes_past_the_framing(serve):
+    client, session = serve().pair()
+    assert session.write(b"raw bytes") is True
+    assert session.write(bytearray(b"!")) is True
+    assert read_exactly(client, 10) == b"raw bytes!"
+
+
+def test_send_takes_any_kind_of_bytes(serve):
+    def on_packet(session, packet):
+        for form in (bytes, bytearray, memoryview):
+            session.send(form(packet))
+            session.send(form(packet), on_sent=lambda session, ok: None)
+
+    client = serve(on_packet=on_packet).client()
+    for size in (5, 20000):
+        client.sendall(frame(b"x" * size))
+        assert [read_frame(client) for _ in range(6)] == [b"x" * size] * 6
+
+
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+def test_on_connect_is_first_and_on_disconnect_last_and_once(serve):
+    """A6."""
+    server = serve()
+    clients = [server.client() for _ in range(20)]
+    for client in clients:
+        client.sendall(frame(b"a") + frame(b"b"))
+    for client in clients:
+        assert read_frame(client) == b"a"
+        assert read_frame(client) == b"b"
+        client.close()
+    server.ended.wait(20)
+    server.stop()
+    for session in {session for _, session in server.log.items}:
+        assert [name for name, of in server.log.items if of is session] == ["connect", "packet", "packet", "disconnect"]
+    assert len(server.ended) == 20
+
+
+def test_on_connect_may_send_first(serve):
+    server = serve(on_connect=lambda session: session.send(b"welcome"))
+    assert read_frame(server.client()) == b"welcome"
+
+
+def test_session_facts(serve):
+    """A6: index, peer, kind, tag, user object, connected."""
+    seen = Log()
+    server = serve(tag="chat", on_disconnect=lambda session, reason, error: seen.add(
+        (session.id, session.kind, session.tag, session.data, session.connected, reason)))
+    client, session = server.pair()
+    assert session.peer == client.getsockname()
+    assert (session.kind, session.tag, session.data) == (Kind.CLIENT, "chat", None)
+    assert session.connected
+    assert session.communicator is server.communicator
+    assert 0 <= session.id < server.manager.max_sessions
+    session.tag, session.data = 7, ["user"]
+    client.close()
+    assert seen.wait() == [(session.id, Kind.CLIENT, 7, ["user"], False, Reason.NORMAL)]
+    assert str(client) and repr(session).startswith("<Session")
+
+
+def test_reason_normal_when_the_peer_closes(serve):
+    server = serve()
+    client, session = server.pair()
+    client.close()
+    assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+
+
+def test_reason_normal_when_the_server_closes(serve):
+    server = serve()
+    client, session = server.pair()
+    assert session.close() is True
+    assert read_to_end(client) == b""
+    assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+    assert session.close() is False
+
+
+def test_reason_normal_when_aborted(serve):
+    server = serve()
+    client, session = server.pair()
+    assert session.abort() is True
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+    assert read_to_end(client) == b""
+    assert session.abort() is False
+
+
+def test_reason_error_when_the_connection_breaks(serve):
+    server = serve()
+    client, session = server.pair()
+    reset(client)
+    (ended, reason, error), = server.ended.wait()
+    assert ended is session
+    assert reason is Reason.ERROR
+    assert isinstance(error, ConnectionResetError)
+
+
+def test_reason_error_when_the_connection_ends_inside_of_a_packet(serve):
+    server = serve()
+    client = server.client()
+    client.sendall(b"\0\0\0\5hel")
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == b""
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.ERROR
+    assert "inside" in str(error)
+
+
+def test_reason_protocol(serve):
+    server = serve(leviathan.TextLength())
+    client = server.client()
+    client.sendall(b"2,ok+5,hello")
+    assert read_to_end(client) == b"2,ok"           # what was good is answered
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.PROTOCOL
+    assert isinstance(error, leviathan.FramingError)
+
+
+def test_reason_timeout(serve):
+    server = serve(idle_timeout=0.1)
+    client = server.client()
+    assert read_to_end(client) == b""
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.TIMEOUT
+    assert isinstance(error, TimeoutError)
+
+
+def test_reason_overflow(serve):
+    server = serve(send_limit=1 << 17)
+    client, session = server.pair()
+    with pytest.raises(AssertionError):             # send answers False at the limit
+        while True:
+            assert session.send(b"x" * 50000)
+    assert server.ended.wait()[0][1] is Reason.OVERFLOW
+
+
+def test_reason_shutdown(serve):
+    server = serve()
+    client, session = server.pair()
+    assert server.stop() is True
+    assert server.ended.items == [(session, Reason.SHUTDOWN, None)]
+    assert read_to_end(client) == b""
+
+
+def test_the_first_reason_is_the_one_reported(serve):
+    def on_packet(session, packet):
+        session.close()
+        raise ValueError("after the close")
+
+    server = serve(on_packet=on_packet)
+    server.client().sendall(frame(b"x"))
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+
+
+@pytest.mark.parametrize("problem", [ValueError("handler"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()],
+                         ids=lambda problem: type(problem).__name__)
+def test_a_raising_handler_costs_only_its_session(serve, caplog, problem):
+    """RULES, servers 4: logged once, reason ERROR."""
+    def on_packet(session, packet):
+        if packet == b"raise":
+            raise problem
+        session.send(packet)
+
+    server = serve(on_packet=on_packet)
+    good, bad = server.client(), server.client()
+    with caplog.at_level("WARNING", "leviathan"):
+        bad.sendall(frame(b"raise") + frame(b"never seen"))
+        assert read_to_end(bad) == b""
+        (_, reason, error), = server.ended.wait()
+    assert (reason, error) == (Reason.ERROR, problem)
+    good.sendall(frame(b"go on"))
+    assert read_frame(good) == b"go on"
+    assert len([record for record in caplog.records if record.name == "leviathan"]) == 1
+    assert [name for name, _ in server.log.items].count("packet") == 2
+
+
+def test_a_raising_on_connect_costs_only_its_session(serve):
+    """RULES, servers 3: its slot comes back."""
+    calls = []
+
+    def on_connect(session):
+        calls.append(session)
+        if len(calls) == 1:
+            raise ValueError("on_connect")
+
+    server = serve(on_connect=on_connect, manager=None, max_clients=1)
+    assert read_to_end(server.client()) == b""
+    assert server.ended.wait()[0][1] is Reason.ERROR
+    client = server.client()
+    client.sendall(frame(b"x"))
+    assert read_frame(client) == b"x"
+
+
+def test_a_raising_on_disconnect_costs_nothing(serve, caplog):
+    """RULES, servers 3."""
+    def on_disconnect(session, reason, error):
+        raise ValueError("on_disconnect")
+
+    server = serve(on_disconnect=on_disconnect, max_clients=1)
+    for number in range(3):
+        client = server.client()
+        client.sendall(frame(b"x"))
+        assert read_frame(client) == b"x"
+        client.close()
+        server.ended.wait(number + 1)
+    eventually(lambda: server.manager.statistics()["sessions"] == 0)
+    assert "on_disconnect" in caplog.text
+
+
+def test_a_raising_on_sent_costs_only_its_session(serve):
+    def on_sent(session, ok):
+        raise ValueError("on_sent")
+
+    server = serve()
+    client, session = server.pair()
+    session.send(b"x", on_sent=on_sent)
+    assert server.ended.wait()[0][1] is Reason.ERROR
+    other = server.client()
+    other.sendall(frame(b"y"))
+    assert read_frame(other) == b"y"
+
+
+# -- sending ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [1, 20000, 4 << 20])
+@pytest.mark.parametrize("where", ["handler", "foreign"])
+def test_on_sent_is_called_once_with_true(serve, size, where):
+    """A7: send with a completion callback."""
+    sent = Log()
+
+    def on_packet(session, packet):
+        assert session.send(b"r" * size, on_sent=lambda session, ok: sent.add(session, ok))
+
+    server = serve(on_packet=on_packet)
+    client, session = server.pair()
+    if where == "handler":
+        client.sendall(frame(b"go"))
+    else:
+        assert session.send(b"r" * size, on_sent=lambda session, ok: sent.add(session, ok)) is True
+    assert read_frame(client) == b"r" * size
+    assert sent.wait() == [(session, True)]
+    client.close()
+    server.ended.wait()
+    server.stop()
+    assert sent.items == [(session, True)]
+
+
+def test_on_sent_comes_in_order_of_the_sends(serve):
+    sent = Log()
+    server = serve()
+    client, session = server.pair()
+    for number in range(50):
+        assert session.send(b"x" * 10000, on_sent=lambda session, ok, number=number: sent.add(number, ok))
+    for _ in range(50):
+        read_frame(client)
+    assert sent.wait(50) == [(number, True) for number in range(50)]
+
+
+def test_on_sent_is_called_once_with_false_when_aborted(serve):
+    """Before on_disconnect, which is last."""
+    order = Log()
+    server = serve(on_disconnect=lambda session, reason, error: order.add("disconnect"))
+    client, session = server.pair()
+    assert session.send(b"x" * (8 << 20), on_sent=lambda session, ok: order.add("large", ok))
+    assert session.send(b"y", on_sent=lambda session, ok: order.add("small", ok))
+    eventually(lambda: session.sending is not None)
+    session.abort()
+    server.ended.wait()
+    server.stop()
+    assert order.items == [("large", False), ("small", False), "disconnect"]
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_on_disconnect_is_last_when_a_handler_sends_and_ends(serve, end):
+    """on_sent is called exactly once, and before on_disconnect; what an abort finds queued is thrown away."""
+    order = Log()
+
+    def on_packet(session, packet):
+        assert session.send(b"bye", on_sent=lambda session, ok: order.add("sent", ok))
+        getattr(session, end)()
+
+    server = serve(on_packet=on_packet, on_disconnect=lambda session, reason, error: order.add("disconnect"))
+    client = server.client()
+    client.sendall(frame(b"x"))
+    data = read_to_end(client)
+    server.ended.wait()
+    server.stop()
+    if end == "close":
+        assert data == frame(b"bye")
+        assert order.items == [("sent", True), "disconnect"]
+    else:
+        assert order.items == [("sent", False), "disconnect"]
+        assert data == b""
+
+
+def test_on_sent_false_when_the_peer_resets(serve):
+    sent = Log()
+    server = serve()
+    client, session = server.pair()
+    assert session.send(b"x" * (8 << 20), on_sent=lambda session, ok: sent.add(ok))
+    eventually(lambda: session.sending is not None)
+    reset(client)
+    server.ended.wait()
+    assert sent.wait() == [False]
+
+
+def test_on_sent_may_send_again(serve):
+    """A stream of any length without a queue: each send begins when the one before is done."""
+    done = threading.Event()
+
+    def more(session, ok, left=200):
+        if left:
+            session.send(b"%d" % left, on_sent=lambda session, ok: more(session, ok, left - 1))
+        else:
+            done.set()
+
+    server = serve(on_connect=lambda session: more(session, True))
+    client = server.client()
+    assert [read_frame(client) for _ in range(200)] == [b"%d" % left for left in range(200, 0, -1)]
+    assert done.wait(DEADLINE)
+
+
+def test_send_after_close_answers_false(serve):
+    answers = Log()
+
+    def on_packet(session, packet):
+        answers.add(session.send(b"before"))
+        session.close()
+        answers.add(session.send(b"after"))
+        answers.add(session.write(b"after"))
+        answers.add(session.send(b"after", on_sent=lambda session, ok: answers.add("never")))
+
+    server = serve(on_packet=on_packet)
+    client, session = server.pair()
+    client.sendall(frame(b"x"))
+    assert read_to_end(client) == frame(b"before")
+    server.ended.wait()
+    assert session.send(b"late") is False
+    assert session.write(b"late") is False
+    assert answers.items == [True, False, False, False]
+    server.stop()
+    assert session.send(b"later") is False
+
+
+def test_close_sends_what_is_queued_first(serve):
+    server = serve()
+    client, session = server.pair()
+    assert session.send(b"x" * (4 << 20))
+    assert session.close()
+    data = read_to_end(client)
+    assert len(data) == 4 + (4 << 20)
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+
+
+def test_close_is_not_undone_by_input_that_nobody_reads(serve):
+    """The peer keeps sending after the server's close: it still gets everything, and no reset in its stead."""
+    def on_packet(session, packet):
+        session.send(b"y" * (2 << 20))
+        session.close()
+
+    client = serve(on_packet=on_packet).client()
+    client.sendall(frame(b"x"))
+    assert read_exactly(client, 4) == struct.pack(">I", 2 << 20)
+    client.sendall(frame(b"z") * 2000)
+    assert len(read_exactly(client, 2 << 20)) == 2 << 20
+
+
+def test_a_stale_handle_reaches_nobody(serve):
+    """A Session that outlives its connection is inert, also when its slot is used again."""
+    server = serve()
+    old_client, old = server.pair()
+    old_client.close()
+    server.ended.wait()
+    eventually(lambda: server.manager.statistics()["sessions"] == 0)
+    client, new = server.pair()
+    assert new.id == old.id
+    assert new is not old
+    assert old not in server.communicator.sessions
+    assert new in server.communicator.sessions
+    for answer in (old.send(b"stale"), old.write(b"stale"), old.close(), old.abort(), old.connected):
+        assert answer is False
+    old.pause()
+    old.finish()
+    old.resume()
+    old.tag = old.data = "stale"
+    client.sendall(frame(b"mine"))
+    assert read_frame(client) == b"mine"
+    assert (new.tag, new.data, new.connected) == (None, None, True)
+    assert len(server.ended) == 1
+
+
+def test_broadcast_counts_who_got_it(serve):
+    """A7, A2: len, iteration."""
+    server = serve()
+    clients = [server.client() for _ in range(10)]
+    sessions = server.connected.wait(10)
+    assert len(server.communicator.sessions) == 10
+    assert set(server.communicator.sessions) == set(sessions)
+    assert server.communicator.broadcast(b"all") == 10
+    for client in clients:
+        assert read_frame(client) == b"all"
+    for client in clients[:4]:
+        client.close()
+    server.ended.wait(4)
+    assert server.communicator.broadcast(b"rest") == 6
+    for client in clients[4:]:
+        assert read_frame(client) == b"rest"
+
+
+def test_broadcast_from_a_handler(serve):
+    server = serve(on_packet=lambda session, packet: session.communicator.broadcast(packet))
+    clients = [server.client() for _ in range(5)]
+    server.connected.wait(5)
+    clients[0].sendall(frame(b"news"))
+    assert [read_frame(client) for client in clients] == [b"news"] * 5
+
+
+def test_pause_and_resume(serve):
+    """Nothing is handed on while paused, nothing is lost."""
+    got = Log()
+
+    def on_packet(session, packet):
+        got.add(packet)
+        if packet == b"3":
+            session.pause()
+
+    server = serve(on_packet=on_packet)
+    client, session = server.pair()
+    client.sendall(b"".join(frame(b"%d" % number) for number in range(1000)))
+    got.wait(4)
+    other, _ = server.pair()
+    other.sendall(frame(b"other"))
+    got.wait(5)
+    assert got.items == [b"0", b"1", b"2", b"3", b"other"]
+    session.resume()
+    assert got.wait(1001)[5:] == [b"%d" % number for number in range(4, 1000)]
+
+
+# -- half-close -------------------------------------------------------------------------------------------------------
+
+def test_a_half_closed_client_gets_all_its_replies(serve):
+    """RULES, epoll 3: HUP is not the end of what was sent."""
+    server = serve()
+    client = server.client()
+    client.sendall(b"".join(frame(b"%d" % number) for number in range(100)))
+    client.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == b"".join(frame(b"%d" % number) for number in range(100))
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+
+
+def test_a_half_closed_client_gets_large_replies(serve):
+    server = serve(on_packet=lambda session, packet: session.send(packet * 40000))
+    client = server.client()
+    client.sendall(b"".join(frame(b"%02d" % number) for number in range(100)))
+    client.shutdown(socket.SHUT_WR)
+    for number in range(100):
+        assert read_frame(client) == b"%02d" % number * 40000
+    assert read_to_end(client) == b""
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+
+
+def test_on_eof_keeps_the_session_open_for_sending(serve):
+    eof = Log()
+    server = serve(on_eof=eof.add)
+    client, session = server.pair()
+    client.sendall(frame(b"last"))
+    client.shutdown(socket.SHUT_WR)
+    assert eof.wait() == [session]
+    assert read_frame(client) == b"last"
+    assert session.send(b"still here") is True
+    assert read_frame(client) == b"still here"
+    assert len(server.ended) == 0
+    session.close()
+    assert read_to_end(client) == b""
+    assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+    assert eof.items == [session]
+
+
+def test_finish_half_closes_and_receiving_goes_on(serve):
+    got = Log()
+    server = serve(on_packet=lambda session, packet: got.add(packet))
+    client, session = server.pair()
+    assert session.send(b"x" * (2 << 20)) is True
+    session.finish()
+    assert len(read_to_end(client)) == 4 + (2 << 20)
+    assert session.send(b"late") is False
+    client.sendall(frame(b"one") + frame(b"two"))
+    assert got.wait(2) == [b"one", b"two"]
+    assert session.connected
+    client.close()
+    assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+
+
+def test_finish_then_close(serve):
+    server = serve()
+    client, session = server.pair()
+    session.finish()
+    assert read_to_end(client) == b""
+    session.close()
+    assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+
+
+# -- listeners --------------------------------------------------------------------------------------------------------
+
+def test_several_listeners_of_one_communicator(serve, harness):
+    """A5: several ports per Communicator; closing one leaves the others and its sessions."""
+    server = serve()
+    second, third = server.communicator.listen(0), server.communicator.listen(0, "127.0.0.1")
+    assert len({server.address[1], second.address[1], third.address[1]}) == 3
+    clients = [harness.connect(listener) for listener in (server.listener, second, third)]
+    for client in clients:
+        client.sendall(frame(b"x"))
+        assert read_frame(client) == b"x"
+    assert second.kind is Kind.LISTEN
+    second.close()
+
+    def refused():
+        try:
+            harness.connect(second).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    eventually(refused)
+    clients[1].sendall(frame(b"still"))
+    assert read_frame(clients[1]) == b"still"
+    clients.append(harness.connect(third))
+    clients[-1].sendall(frame(b"y"))
+    assert read_frame(clients[-1]) == b"y"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6(serve, harness):
+    server = serve(listen=False)
+    listener = server.communicator.listen(0, "::1")
+    client = harness.connect(listener)
+    client.sendall(frame(b"six"))
+    assert read_frame(client) == b"six"
+    assert server.connected.wait()[0].peer == client.getsockname()[:2]
+    assert "[::1]" in repr(listener)
+    got = Log()
+    other = serve(on_packet=lambda session, packet: got.add(packet), listen=False,
+                  on_connect=lambda session: session.send(b"out"))
+    other.communicator.connect("::1", listener.address[1])
+    assert got.wait() == [b"out"]
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+def test_unix_socket(serve, harness, tmp_path):
+    path = str(tmp_path / "server")
+    server = serve(listen=False)
+    listener = server.communicator.listen(unix=path)
+    assert listener.address == path
+    client = harness.connect(listener)
+    client.sendall(frame(b"unix"))
+    assert read_frame(client) == b"unix"
+    got = Log()
+    other = serve(on_packet=lambda session, packet: got.add(packet), listen=False,
+                  on_connect=lambda session: session.send(b"out"))
+    connector = other.communicator.connect("", unix=path)
+    assert got.wait() == [b"out"]
+    assert connector.session.peer == path
+    client.close()
+    other.stop()
+    server.stop()
+    assert not os.path.exists(path)
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+def test_unix_socket_stale_file_is_removed_and_others_are_not(serve, harness, tmp_path):
+    path = str(tmp_path / "stale")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(path)
+    server = serve(listen=False)
+    listener = server.communicator.listen(unix=path)
+    client = harness.connect(listener)
+    client.sendall(frame(b"x"))
+    assert read_frame(client) == b"x"
+    with pytest.raises(OSError):
+        serve(listen=False).communicator.listen(unix=path)      # this one is alive
+    client.sendall(frame(b"y"))
+    assert read_frame(client) == b"y"
+    precious = tmp_path / "file"
+    precious.write_bytes(b"precious")
+    with pytest.raises(OSError):
+        serve(listen=False).communicator.listen(unix=str(precious))
+    assert precious.read_bytes() == b"precious"
+
+
+def test_a_port_in_use_raises_oserror_at_once(serve):
+    server = serve()
+    with pytest.raises(OSError) as caught:
+        serve(listen=False).communicator.listen(server.address[1])
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_a_closed_communicator_listens_and_connects_no_more(serve):
+    server = serve()
+    server.communicator.close()
+    with pytest.raises(RuntimeError):
+        server.communicator.listen(0)
+    with pytest.raises(RuntimeError):
+        server.communicator.connect("127.0.0.1", 1)
+
+
+def test_no_clients_no_listener(serve):
+    """CLIENT_SESSION_MAX=0: no clients."""
+    with pytest.raises(ValueError):
+        serve(max_clients=0)
+
+
+# -- outgoing connections ---------------------------------------------------------------------------------------------
+
+def test_connect_success(serve):
+    """A5, A8: a ServerSocket shares framing and handler; connected is told by on_connect."""
+    server = serve()
+    got = Log()
+    client = serve(on_packet=lambda session, packet: got.add(session, packet), listen=False,
+                   on_connect=lambda session: session.send(b"hello"))
+    connector = client.communicator.connect(*server.address, tag="A")
+    session = connector.wait(DEADLINE)
+    assert got.wait() == [(session, b"hello")]
+    assert connector.session is session
+    assert connector.connected
+    assert (session.kind, session.tag, session.peer) == (Kind.SERVER, "A", server.address)
+    connector.close()
+    assert client.ended.wait() == [(session, Reason.NORMAL, None)]
+    eventually(lambda: connector.session is None)
+    assert not connector.connected
+    assert server.ended.wait()[0][1] is Reason.NORMAL
+
+
+def test_connect_refused_tells_on_failure(serve, caplog):
+    failures = Log()
+    client = serve(listen=False)
+    connector = client.communicator.connect("127.0.0.1", free_port(),
+                                            on_failure=lambda connector, error: failures.add(connector, error))
+    with pytest.raises(ConnectionError):
+        connector.wait(DEADLINE)
+    (told, error), = failures.wait()
+    assert told is connector
+    assert isinstance(error, ConnectionRefusedError)
+    assert connector.session is None and not connector.connected
+    assert len(client.connected) == len(client.ended) == 0
+    eventually(lambda: client.manager.statistics()["sessions"] == 0)
+    assert "cannot connect" in caplog.text
+
+
+def test_connect_timeout(serve, harness):
+    """To a listener whose queue is full, the kernel drops the SYN."""
+    full = harness.keep(socket.socket())
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    for _ in range(4):
+        filler = harness.keep(socket.socket())
+        filler.setblocking(False)
+        filler.connect_ex(full.getsockname())
+    failures = Log()
+    client = serve(listen=False)
+    connector = client.communicator.connect(*full.getsockname(), timeout=0.15,
+                                            on_failure=lambda connector, error: failures.add(error))
+    with pytest.raises(ConnectionError):
+        connector.wait(DEADLINE)
+    assert [type(error) for error in failures.wait()] == [TimeoutError]
+    assert len(client.connected) == len(client.ended) == 0
+    eventually(lambda: client.manager.statistics()["sessions"] == 0)
+
+
+def test_connect_wait_timeout(serve, harness, monkeypatch):
+    client = serve(listen=False, start=False)           # its thread does not run: nothing happens
+    connector = client.communicator.connect("127.0.0.1", free_port())
+    with pytest.raises(TimeoutError):
+        connector.wait(0.02)
+    connector.close()
+
+
+def test_a_name_is_resolved_off_the_event_threads(serve, monkeypatch):
+    """getaddrinfo waits for a name server; the queue goes on meanwhile."""
+    real, release, threads = socket.getaddrinfo, threading.Event(), Log()
+
+    def slow(host, port, family=0, type=0, proto=0, flags=0):
+        if flags & socket.AI_NUMERICHOST:
+            return real(host, port, family, type, proto, flags)
+        threads.add(threading.current_thread().name)
+        release.wait(DEADLINE)
+        return real("127.0.0.1", port, family, type, proto, flags)
+
+    server = serve()
+    client = serve(listen=False)
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    connector = client.communicator.connect("localhost", server.address[1])
+    threads.wait()
+    ran = threading.Event()
+    client.queue.post(ran.set)
+    assert ran.wait(DEADLINE)
+    assert not connector.connected
+    release.set()
+    assert connector.wait(DEADLINE).connected
+    assert threads.items == ["leviathan-resolver"]
+
+
+def test_localhost_is_found(serve):
+    server = serve()
+    assert serve(listen=False).communicator.connect("localhost", server.address[1]).wait(DEADLINE).connected
+
+
+def test_a_resolver_that_never_answers_is_a_timeout(serve, monkeypatch):
+    real, release = socket.getaddrinfo, threading.Event()
+
+    def slow(host, port, family=0, type=0, proto=0, flags=0):
+        if not flags & socket.AI_NUMERICHOST:
+            release.wait(DEADLINE)
+        return real(host, port, family, type, proto, flags)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    failures = Log()
+    client = serve(listen=False)
+    client.communicator.connect("localhost", 1, timeout=0.1, on_failure=lambda connector, error: failures.add(error))
+    assert [type(error) for error in failures.wait()] == [TimeoutError]
+    release.set()
+
+
+def test_an_unknown_name_is_a_failure(serve, monkeypatch):
+    def fail(host, port, family=0, type=0, proto=0, flags=0):
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    failures = Log()
+    client = serve(listen=False)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    connector = client.communicator.connect("no.such.host", 1, on_failure=lambda connector, error: failures.add(error))
+    assert isinstance(failures.wait()[0], socket.gaierror)
+    with pytest.raises(ConnectionError):
+        connector.wait(DEADLINE)
+
+
+def test_every_address_of_a_name_is_tried(serve, monkeypatch):
+    real = socket.getaddrinfo
+    bad = free_port()
+
+    def two(host, port, family=0, type=0, proto=0, flags=0):
+        good = real("127.0.0.1", port, family, type, proto, flags)
+        return real("127.0.0.1", bad, family, type, proto, flags) + good
+
+    server = serve()
+    client = serve(listen=False)
+    failures = Log()
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    connector = client.communicator.connect("two.addresses", server.address[1],
+                                            on_failure=lambda connector, error: failures.add(error))
+    assert connector.wait(DEADLINE).peer == server.address
+    assert len(failures) == 0
+
+
+def test_reconnect_after_the_server_restarts(serve, harness):
+    """A8: each connection is a new Session given to on_connect."""
+    first = serve()
+    client = serve(listen=False, on_connect=lambda session: session.send(b"hello"))
+    connector = client.communicator.connect(*first.address, reconnect=(0.01, 0.05))
+    old = connector.wait(DEADLINE)
+    first.connected.wait()
+    port = first.address[1]
+    first.stop()
+    client.ended.wait()
+    second = serve(listen=False)
+    second.communicator.listen(port)
+    second.connected.wait()
+    new = eventually(lambda: connector.session)
+    assert new is not old
+    assert client.connected.wait(2) == [old, new]
+    assert old.send(b"stale") is False
+    connector.close()
+    client.ended.wait(2)
+    assert client.ended.items[1][:2] == (new, Reason.NORMAL)
+
+
+def test_reconnect_pauses_double_up_to_the_longest_and_start_again(serve, monkeypatch):
+    """With the jitter taken out: 1, 2, 4, 4, 4 hundredths; after a success, 1 again."""
+    import random
+    monkeypatch.setattr(random, "uniform", lambda least, most: most)
+    client = serve(listen=False)
+    pauses = Log()
+    call_later = client.queue.call_later
+
+    def noted(seconds, function, *args):
+        if function.__name__ == "_attempt":
+            pauses.add(seconds)
+        return call_later(seconds, function, *args)
+
+    monkeypatch.setattr(client.queue, "call_later", noted)
+    port = free_port()
+    failures = Log()
+    connector = client.communicator.connect("127.0.0.1", port, reconnect=(0.01, 0.04),
+                                            on_failure=lambda connector, error: failures.add(error))
+    failures.wait(5)
+    assert pauses.wait(5)[:5] == [0.01, 0.02, 0.04, 0.04, 0.04]
+    server = serve(listen=False)
+    server.communicator.listen(port)
+    session = connector.wait(DEADLINE)
+    before = len(pauses)
+    session.abort()
+    assert pauses.wait(before + 1)[before] == 0.01
+    client.connected.wait(2)
+
+
+def test_connector_closed_while_it_waits_or_connects(serve):
+    client = serve(listen=False)
+    failures = Log()
+    connector = client.communicator.connect("127.0.0.1", free_port(), reconnect=(5.0, 5.0),
+                                            on_failure=lambda connector, error: failures.add(error))
+    failures.wait()
+    connector.close()
+    with pytest.raises(ConnectionError):
+        connector.wait(DEADLINE)
+    server = serve()
+    for _ in range(20):
+        client.communicator.connect(*server.address, reconnect=True).close()
+    eventually(lambda: client.manager.statistics()["sessions"] == 0)
+    eventually(lambda: server.manager.statistics()["sessions"] == 0)
+    assert len(failures) == 1
+    assert len(client.connected) == len(client.ended)
+
+
+def test_a_raising_on_failure_costs_nothing(serve):
+    calls = Log()
+
+    def on_failure(connector, error):
+        calls.add(error)
+        raise ValueError("on_failure")
+
+    client = serve(listen=False)
+    client.communicator.connect("127.0.0.1", free_port(), reconnect=(0.01, 0.01), on_failure=on_failure)
+    calls.wait(3)
+
+
+# -- roles and threads ------------------------------------------------------------------------------------------------
+
+def test_serve_hands_accepted_sessions_to_another_communicator(serve, harness):
+    """I6: one queue accepts, another serves."""
+    names = Log()
+
+    def on_packet(session, packet):
+        names.add(threading.current_thread().name)
+        session.send(packet)
+
+    worker = serve(on_packet=on_packet, listen=False, queue=harness.queue(2, name="leviathan-clients"))
+    acceptor = serve(listen=False, queue=harness.queue(1, name="leviathan-accept"))
+    listener = acceptor.communicator.listen(0, serve=worker.communicator)
+    clients = [harness.connect(listener) for _ in range(4)]
+    for client in clients:
+        client.sendall(frame(b"x"))
+        assert read_frame(client) == b"x"
+    assert len(worker.communicator.sessions) == 4
+    assert len(acceptor.communicator.sessions) == 0
+    assert set(names.items) == {"leviathan-clients-0", "leviathan-clients-1"}
+    assert all(session.communicator is worker.communicator for session in worker.connected.items)
+    assert acceptor.queue.statistics()["accepted"] == 4
+
+
+def test_thread_pins_listeners_clients_and_connections(serve, harness):
+    """E2: with EventQueue(threads=3), each where it was put, and it stays there (I3)."""
+    where = Log()
+
+    def on_packet(session, packet):
+        where.add(session.tag, threading.current_thread().name)
+        if session.kind is Kind.CLIENT:
+            session.send(packet)
+
+    server = serve(on_packet=on_packet, listen=False, queue=harness.queue(3, name="leviathan-pin"))
+    for number in range(3):
+        listener = server.communicator.listen(0, thread=number)
+        client = harness.connect(listener)
+        for _ in range(3):
+            client.sendall(frame(b"x"))
+            assert read_frame(client) == b"x"
+    assert [name for _, name in where.items] == ["leviathan-pin-%d" % (number // 3) for number in range(9)]
+    del where.items[:]
+    plain = serve()
+    for number in (2, 0, 1):
+        connector = server.communicator.connect(*plain.address, thread=number, tag=number)
+        connector.wait(DEADLINE).send(b"y")
+    where.wait(3)
+    assert sorted(where.items) == [(number, "leviathan-pin-%d" % number) for number in range(3)]
+
+
+def test_clients_are_spread_over_all_threads(serve):
+    """E1: a pool of N threads is N epolls."""
+    names = Log()
+
+    def on_packet(session, packet):
+        names.add(threading.current_thread().name)
+        session.send(packet)
+
+    server = serve(on_packet=on_packet, threads=3)
+    clients = [server.client() for _ in range(9)]
+    for client in clients:
+        client.sendall(frame(b"x"))
+    for client in clients:
+        assert read_frame(client) == b"x"
+    assert sorted(names.items) == sorted("leviathan-%d" % (number % 3) for number in range(9))
+
+
+# -- event queues -----------------------------------------------------------------------------------------------------
+
+def test_post_runs_in_order_on_one_thread(harness):
+    """I6: a queue used purely for events."""
+    queue = harness.queue(1)
+    ran = Log()
+    for number in range(5):
+        assert queue.post(ran.add, number) is True      # before the start: kept
+    queue.start()
+    for number in range(5, 1000):
+        assert queue.post(ran.add, number) is True
+    assert ran.wait(1000) == list(range(1000))
+    queue.stop()
+    assert queue.post(ran.add, "late") is False
+    assert len(ran) == 1000
+
+
+def test_what_is_posted_before_the_stop_runs(harness):
+    queue = harness.queue(2)
+    ran = Log()
+    for number in range(500):
+        queue.post(ran.add, number)
+    queue.start()
+    queue.stop()
+    assert sorted(ran.items) == list(range(500))
+
+
+def test_a_handler_posts_to_its_own_queue(harness):
+    queue = harness.queue(1)
+    ran = Log()
+    queue.post(lambda: queue.post(lambda: queue.post(ran.add, "deep")))
+    queue.start()
+    assert ran.wait() == ["deep"]
+
+
+def test_a_raising_event_costs_nothing(harness, caplog):
+    queue = harness.queue(1)
+    ran = Log()
+    queue.start()
+    for problem in (ValueError, SystemExit, KeyboardInterrupt):
+        def fail(problem=problem):
+            raise problem("event")
+        queue.post(fail)
+        queue.call_later(0, fail)
+    queue.post(ran.add, 1)
+    assert ran.wait() == [1]
+    again = Log()
+
+    def fail_again():
+        again.add(1)
+        raise ValueError("timer")
+
+    queue.every(0.01, fail_again)
+    again.wait(3)
+    assert "fail" in caplog.text
+
+
+def test_call_later_in_order_of_time(harness):
+    queue = harness.queue(1)
+    queue.start()
+    ran = Log()
+    began = time.monotonic()
+    for seconds in (0.06, 0.02, 0.04, 0, -1):
+        queue.call_later(seconds, ran.add, seconds)
+    items = ran.wait(5)
+    assert time.monotonic() - began >= 0.06
+    assert items[2:] == [0.02, 0.04, 0.06]
+    assert set(items[:2]) == {0, -1}
+
+
+def test_a_timer_set_by_another_thread_wakes_the_sleeper(harness):
+    queue = harness.queue(2)
+    queue.start()
+    ran = Log()
+    queue.call_later(3600, ran.add, "hour")
+    queue.call_later(0.01, ran.add, "soon")
+    assert ran.wait() == ["soon"]
+
+
+def test_every_repeats_until_cancelled(harness):
+    queue = harness.queue(2)
+    queue.start()
+    ran, stopped = Log(), Log()
+
+    def tick():
+        ran.add(threading.get_ident())
+        if len(ran) == 5:
+            timer.cancel()
+            stopped.add(True)
+
+    timer = queue.every(0.01, tick)
+    stopped.wait()
+    queue.call_later(0.05, stopped.add, "later")
+    stopped.wait(2)
+    assert len(ran) == 5
+    timer.cancel()
+    with pytest.raises(ValueError):
+        queue.every(0, tick)
+
+
+def test_every_never_runs_twice_at_once(harness):
+    queue = harness.queue(3)
+    queue.start()
+    inside, worst, ran = [], [], Log()
+
+    def slow():
+        inside.append(1)
+        worst.append(len(inside))
+        threading.Event().wait(0.02)
+        inside.pop()
+        ran.add(1)
+
+    queue.every(0.005, slow)
+    ran.wait(8)
+    assert max(worst) == 1
+
+
+def test_cancelled_timers_are_not_called(harness):
+    queue = harness.queue(1)
+    ran = Log()
+    timers = [queue.call_later(0.01, ran.add, number) for number in range(300)]
+    for timer in timers[::2]:
+        timer.cancel()
+        timer.cancel()
+    queue.start()
+    queue.call_later(0.03, ran.add, "end")
+    assert sorted(map(str, ran.wait(151))) == sorted([str(number) for number in range(1, 300, 2)] + ["end"])
+    assert queue.statistics()["timers"] == 0
+
+
+def test_an_idle_worker_takes_events_while_others_are_blocked(harness):
+    """I6, A2: with three threads, two blocked ones delay nothing."""
+    queue = harness.queue(3)
+    queue.start()
+    release, blocked, ran = threading.Event(), Log(), Log()
+
+    def block():
+        blocked.add(threading.get_ident())
+        release.wait(DEADLINE)
+
+    queue.post(block)
+    queue.post(block)
+    assert len(set(blocked.wait(2))) == 2
+    for number in range(100):
+        queue.post(ran.add, number, threading.get_ident)
+    assert [number for number, _ in ran.wait(100)] == list(range(100))
+    timed = Log()
+    queue.call_later(0.01, timed.add, 1)
+    timed.wait()
+    release.set()
+
+
+def test_posts_in_one_burst_reach_several_workers(harness):
+    """Each worker wakes the next while more is waiting: three events that wait for each other all run."""
+    queue = harness.queue(3)
+    barrier = threading.Barrier(3)
+    met = Log()
+
+    def meet():
+        barrier.wait(DEADLINE)
+        met.add(threading.get_ident())
+
+    for _ in range(3):
+        queue.post(meet)
+    queue.start()
+    assert len(set(met.wait(3))) == 3
+
+
+def test_a_queue_is_started_once_and_stopped_from_outside(harness):
+    queue = harness.queue(1)
+    queue.start()
+    queue.start()
+    problems = Log()
+
+    def stop_inside():
+        try:
+            queue.stop()
+        except RuntimeError as error:
+            problems.add(error)
+
+    queue.post(stop_inside)
+    problems.wait()
+    ran = Log()
+    queue.post(ran.add, 1)
+    ran.wait()
+    queue.stop()
+    queue.stop()
+    with pytest.raises(RuntimeError):
+        queue.start()
+    with pytest.raises(ValueError):
+        leviathan.EventQueue(0)
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------
+
+def test_stop_drains_eight_mebibytes_to_a_slow_reader(serve):
+    """RULES, servers 5."""
+    server = serve()
+    client, session = server.pair(SO_RCVBUF=1 << 16)
+    packet = os.urandom(1 << 20) * 8
+    assert session.send(packet) is True
+    stopped = Log()
+    thread = threading.Thread(target=lambda: stopped.add(server.stop(30.0)), daemon=True)
+    thread.start()
+    data = bytearray()
+    while True:
+        part = client.recv(1 << 16)
+        if not part:
+            break
+        data += part
+        if len(data) % 3 == 0:
+            threading.Event().wait(0.001)
+    assert bytes(data) == frame(packet)
+    assert stopped.wait() == [True]
+    assert server.ended.items == [(session, Reason.SHUTDOWN, None)]
+
+
+def test_stop_aborts_what_does_not_leave_in_time(serve):
+    sent = Log()
+    server = serve()
+    client, session = server.pair()
+    assert session.send(b"x" * (8 << 20), on_sent=lambda session, ok: sent.add(ok))
+    began = time.monotonic()
+    assert server.stop(0.2) is False
+    assert time.monotonic() - began < 2.0
+    assert sent.items == [False]
+    assert server.ended.items[0][1] is Reason.SHUTDOWN
+
+
+def test_idle_clients_do_not_hold_a_stop(serve):
+    """cpython#104344."""
+    server = serve(threads=2)
+    clients = [server.client() for _ in range(30)]
+    server.connected.wait(30)
+    for client in clients[:10]:
+        client.sendall(b"\0\0\0\5hel")              # and these are inside of a packet
+    began = time.monotonic()
+    assert server.stop() is True
+    assert time.monotonic() - began < 1.5
+    assert len(server.ended) == 30
+    assert {reason for _, reason, _ in server.ended.items} == {Reason.SHUTDOWN}
+
+
+def test_a_paused_session_does_not_hold_a_stop(serve):
+    server = serve(on_packet=lambda session, packet: session.pause())
+    client = server.client()
+    client.sendall(frame(b"x") * 1000)
+    eventually(lambda: "packet" in [name for name, _ in server.log.items])
+    began = time.monotonic()
+    assert server.stop() is True
+    assert time.monotonic() - began < 4.0
+
+
+def test_a_handler_that_closes_the_server_ends_run(harness):
+    """run() also returns when every Communicator was closed."""
+    def on_packet(session, packet):
+        session.send(b"goodbye")
+        server.close()
+
+    server = Communicator(LengthPrefix(4), on_packet, manager=harness.manager())
+    other = Communicator(LengthPrefix(4), on_packet, manager=server.manager)
+    listener = server.listen(0)
+    other.listen(0)
+    other.close()
+    ended = Log()
+    thread = threading.Thread(target=lambda: ended.add(leviathan.run(server, other)), daemon=True)
+    thread.start()
+    client = harness.connect(listener)
+    idle = harness.connect(listener)
+    client.sendall(frame(b"x"))
+    assert read_to_end(client) == frame(b"goodbye")
+    assert read_to_end(idle) == b""
+    assert ended.wait() == [True]
+    thread.join(DEADLINE)
+
+
+def test_stop_without_a_start(harness):
+    server = Communicator(LengthPrefix(4), lambda session, packet: None, manager=harness.manager())
+    server.listen(0)
+    assert CommunicatorList(server).stop() is True
+
+
+def test_stop_on_a_threads_own_queue_is_refused(serve):
+    problems = Log()
+
+    def on_packet(session, packet):
+        try:
+            server.list.stop()
+        except RuntimeError as error:
+            problems.add(error)
+        session.send(b"alive")
+
+    server = serve(on_packet=on_packet)
+    client = server.client()
+    client.sendall(frame(b"x"))
+    assert read_frame(client) == b"alive"
+    assert len(problems) == 1
+
+
+def test_several_protocols_in_one_process(harness):
+    """A3."""
+    manager = harness.manager()
+    lines = Communicator(Delimited(b"\n"), lambda session, line: session.send(line[::-1]), manager=manager)
+    frames = Communicator(LengthPrefix(2), lambda session, packet: session.send(packet), manager=manager)
+    members = harness.add(CommunicatorList(lines, frames))
+    first, second = harness.connect(lines.listen(0)), harness.connect(frames.listen(0))
+    members.start()
+    first.sendall(b"abc\n")
+    second.sendall(b"\0\3abc")
+    assert read_exactly(first, 4) == b"cba\n"
+    assert read_exactly(second, 5) == b"\0\3abc"
+    assert (len(members), list(members), members[1]) == (2, [lines, frames], frames)
+    eventually(lambda: manager.statistics()["sessions"] == 2)
+
+
+RUN = """
+import sys
+sys.path.insert(0, %r)
+import leviathan, signal
+before = signal.getsignal(signal.SIGTERM)
+server = leviathan.Communicator(leviathan.LengthPrefix(4), leviathan.echo)
+listener = server.listen(0)
+print(listener.address[1], flush=True)
+print(leviathan.run(server), signal.getsignal(signal.SIGTERM) == before,
+      leviathan.default_manager().statistics()["sessions"], flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_run_and_handlers_are_restored(harness, number):
+    """RULES, epoll 7."""
+    with subprocess.Popen([sys.executable, "-c", RUN % HERE], stdout=subprocess.PIPE) as process:
+        try:
+            client = harness.connect(("127.0.0.1", int(process.stdout.readline())))
+            client.sendall(frame(b"x"))
+            assert read_frame(client) == b"x"
+            process.send_signal(number)
+            assert process.stdout.readline().split() == [b"True", b"True", b"0"]
+            assert process.wait(DEADLINE) == 0
+            assert read_to_end(client) == b""
+        finally:
+            if process.poll() is None:
+                process.kill()
