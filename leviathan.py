@@ -35,7 +35,7 @@ from threading import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
     BytesLike = Union[bytes, bytearray, memoryview]
     OnPacket = Callable[["Session", Any], Any]
     OnConnect = Callable[["Session"], Any]
@@ -173,7 +173,7 @@ class Framing:
     """
 
     max_packet = MAX_PACKET     # bytes of the longest packet allowed, with all that the framing adds to it
-    pack: Optional[Callable[[int], bytes]] = None       # makes a header of a length: the fast path of Session.send
+    headers: Sequence[bytes] = ()       # the headers of short packets by length: the fast path of Session.send
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
         """The whole length in bytes of the packet that begins at *start*; 0 when that is not known yet.
@@ -190,6 +190,10 @@ class Framing:
     def encode(self, packet: Any) -> bytes:
         """The bytes that carry *packet*. Raises ValueError when they cannot."""
         return bytes(packet)
+
+    def header_of(self, size: int) -> bytes:
+        """What stands before a content of *size* bytes; asked only of a framing that has `headers`."""
+        raise NotImplementedError
 
     def split(self, buffer: Any, start: int, end: int, seen: int = 0) -> Iterator[Tuple[Any, int]]:
         """Yield (packet, where it ends) for each whole packet."""
@@ -235,6 +239,18 @@ def _check_max(max_packet: int, least: int = 1) -> int:
     return max_packet
 
 
+_headers_made: Dict[Tuple[int, str], Sequence[bytes]] = {}      # {(size, byteorder): headers}, shared by all that agree
+
+
+def _short_headers(size: int, byteorder: str) -> Sequence[bytes]:
+    """The headers of packets up to 1 KiB. Looking one up takes 10 ns, Struct.pack 45; it is 40 KiB of memory."""
+    key = size, byteorder
+    if key not in _headers_made:            # two threads may both make it; one of the results stays
+        _headers_made[key] = tuple(length.to_bytes(size, byteorder) for length in       # type: ignore[arg-type]
+                                   range(min(1025, 1 << 8 * size)))
+    return _headers_made[key]
+
+
 class LengthPrefix(Framing):
     """A binary length before each packet (H1).
 
@@ -260,8 +276,7 @@ class LengthPrefix(Framing):
         self.max_packet = _check_max(max_packet, self.header)
         code = {1: "B", 2: "H", 4: "I", 8: "Q"}.get(size)
         self._struct = struct.Struct((">" if byteorder == "big" else "<") + code) if code else None
-        if strip and not adjust and self._struct is not None:
-            self.pack = self._struct.pack
+        self.headers = _short_headers(size, byteorder) if strip and not adjust else ()
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
         """See Framing.parse."""
@@ -279,13 +294,17 @@ class LengthPrefix(Framing):
         """The content, or the whole packet with strip=False."""
         return bytes(buffer[start + self.header if self.strip else start:stop])
 
+    def header_of(self, size: int) -> bytes:
+        """The header of a content of *size* bytes. Raises ValueError when it does not fit."""
+        length = size - self.adjust
+        if not 0 <= length < 1 << 8 * self.size:
+            raise ValueError("a packet of %d bytes does not fit a length of %d bytes" % (size, self.size))
+        return length.to_bytes(self.size, self.byteorder)       # type: ignore[arg-type]
+
     def encode(self, packet: BytesLike) -> bytes:
         """Header and content; with strip=False the packet as it is, after a look at its length."""
         if self.strip:
-            length = len(packet) - self.adjust
-            if not 0 <= length < 1 << 8 * self.size:
-                raise ValueError("a packet of %d bytes does not fit a length of %d bytes" % (len(packet), self.size))
-            return length.to_bytes(self.size, self.byteorder) + packet          # type: ignore[arg-type]
+            return self.header_of(len(packet)) + packet
         data = bytes(packet)
         try:
             size = self.parse(data, 0, len(data))
@@ -301,7 +320,7 @@ class LengthPrefix(Framing):
 
         For 16 packets in one receive that is 0.2 microseconds of 0.8 for each of them.
         """
-        if self.pack is None or self._struct is None:
+        if not self.headers or self._struct is None:
             return super().receiver(on_packet, rest, fail)
         unpack_from = self._struct.unpack_from
         header = self.header
@@ -321,6 +340,9 @@ class LengthPrefix(Framing):
                     stop = body + length
                     if stop > end:
                         break
+                    if not start and stop != end and length < 4096:
+                        # Several packets, and short: parts of bytes are had 40 ns sooner than parts of an array.
+                        buffer = buffer[:end]
                     start = stop
                     on_packet(session, buffer[body:stop])
                     if stop == end or session.paused:
@@ -707,7 +729,7 @@ class Channel:
     `posted` and `state` are the exceptions: the engine's lock guards them. Users need none of this.
     """
 
-    __slots__ = ("socket", "worker", "thread", "cork", "pack", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
+    __slots__ = ("socket", "worker", "thread", "cork", "headers", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
                  "need", "room", "seen", "paused", "interest", "last", "since", "received", "state", "reason", "error",
                  "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline")
 
@@ -717,7 +739,7 @@ class Channel:
     socket: Any
     worker: Any                     # the engine's
     thread: int                     # ident of the thread whose sends need no lock and no counting, or 0
-    pack: Any                       # the framing's, for the fast path of `send`
+    headers: Sequence[bytes]        # the framing's, for the fast path of `send`
     cork: Any                       # called with the session when the first bytes are queued
     out: List[bytes]                # queued behind the outstanding send
     unsent: int                     # bytes queued and outstanding
@@ -778,7 +800,7 @@ class Session(Channel):
         self.reason = self.error = self.deadline = None
         self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
         self.out = []
-        self.pack = communicator.framing.pack
+        self.headers = communicator.framing.headers
         self.last = self.since = 0.0
         self.received = communicator._received
         self.state = State.CONNECTING
@@ -812,18 +834,15 @@ class Session(Channel):
         # `thread` is 0 otherwise, so no state is asked here and no byte is counted before the flush. get_ident() is
         # 60 ns, a lock would be 90. Counting bytes here was 35 ns of 700, calling framing.encode is 60.
         if get_ident() == self.thread and on_sent is None:
-            pack = self.pack
-            if pack is None:
-                data = self.communicator.framing.encode(packet)
-            elif len(packet) < SEND_INLINE:
-                try:
-                    data = pack(len(packet)) + packet
-                except struct.error:
-                    data = self.communicator.framing.encode(packet)         # says in words what does not fit
+            size = len(packet)
+            headers = self.headers
+            if size < len(headers):
+                data = headers[size] + packet
             else:
-                return self._queue(self._encode(packet), None)
-            if len(data) > SEND_INLINE:
-                return self._queue((data,), None)
+                chunks = self._encode(packet)
+                if len(chunks) > 1 or len(chunks[0]) > SEND_INLINE:
+                    return self._queue(chunks, None)
+                data = chunks[0]
             out = self.out
             if not out:
                 self.cork(self)
@@ -861,11 +880,8 @@ class Session(Channel):
 
     def _encode(self, packet: Any) -> Tuple[bytes, ...]:
         framing = self.communicator.framing
-        if framing.pack is not None and len(packet) >= SEND_INLINE and type(packet) is bytes:
-            try:
-                return framing.pack(len(packet)), packet        # beside its header: copying 1 MiB takes 60 us
-            except struct.error:
-                pass                                            # encode says in words what does not fit
+        if framing.headers and len(packet) >= SEND_INLINE and type(packet) is bytes:
+            return framing.header_of(len(packet)), packet       # beside it: copying 1 MiB takes 60 us
         return framing.encode(packet),
 
     def _queue(self, chunks: Tuple[bytes, ...], on_sent: Optional[OnSent]) -> bool:
@@ -942,6 +958,7 @@ class Session(Channel):
         """*on_sent* is due when all that is unsent now is sent."""
         if self.marks is None:
             self.marks = _Marks()
+            self.thread = 0         # what is sent now is counted
         self.marks.queue.append((self.marks.sent + self.unsent, on_sent))
 
     def progress(self, sent: int) -> None:
@@ -955,6 +972,8 @@ class Session(Channel):
             self.worker.post(_Core.on_sent, self, marks.queue.popleft()[1], True)
         if not marks.queue:
             self.marks = None
+            if self.state is State.OPEN and self.sending is None and not self.fin:
+                self.thread = self.worker.ident
 
     def congested(self) -> None:
         """More is unsent than the high-water mark: receive no more until the peer has taken some of it."""

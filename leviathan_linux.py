@@ -557,7 +557,7 @@ class Worker:
                 if dirty:
                     # Nearly always it is one reply to this very session. Two calls less are 0.1 of 4.9 us.
                     out = session.out
-                    if len(dirty) == 1 and len(out) == 1 and session.sending is None and session.marks is None:
+                    if len(dirty) == 1 and len(out) == 1 and session.thread:
                         data = out.pop()
                         dirty.clear()
                         try:
@@ -1049,7 +1049,7 @@ class Worker:
             self._rearm_sending(session)
             if not session.is_open() or session.fin:
                 self.post(self._drained, session)
-            else:
+            elif session.marks is None:
                 session.thread = self.ident
         if session.unsent <= session.low_water:
             session.relieved()
