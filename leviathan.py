@@ -729,7 +729,8 @@ class Channel:
     `posted` and `state` are the exceptions: the engine's lock guards them. Users need none of this.
     """
 
-    __slots__ = ("socket", "worker", "thread", "cork", "headers", "out", "unsent", "posted", "sending", "marks", "partial", "filled",
+    __slots__ = ("socket", "worker", "thread", "cork", "headers", "out", "unsent", "posted", "sending", "marks", "partial",
+                 "filled",
                  "need", "room", "seen", "paused", "interest", "last", "since", "received", "state", "reason", "error",
                  "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline")
 
@@ -958,7 +959,7 @@ class Session(Channel):
         """*on_sent* is due when all that is unsent now is sent."""
         if self.marks is None:
             self.marks = _Marks()
-            self.thread = 0         # what is sent now is counted
+            self.thread = 0                 # what is sent from now on is counted
         self.marks.queue.append((self.marks.sent + self.unsent, on_sent))
 
     def progress(self, sent: int) -> None:
@@ -1810,7 +1811,8 @@ class _Interrupt:
     """
 
     def __init__(self) -> None:
-        self.signalled = False
+        self.signalled = self.stopping = False
+        self._when = 0.0
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._before: Dict[int, Any] = {}
@@ -1829,7 +1831,11 @@ class _Interrupt:
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signalled = True
+        if not self.signalled:
+            self.signalled = True
+            self._when = time.monotonic()
+        elif self.stopping and time.monotonic() - self._when > 1.0:     # not the same Ctrl-C, sent to a group as well
+            raise KeyboardInterrupt
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -1880,7 +1886,7 @@ class CommunicatorList:
 
         *handlers*: {n of [COMUNICATOR_n]: on_packet function}, for sections without HANDLER. Raises ConfigError, OSError.
         """
-        return _build(_read_ini(os.fspath(path)), os.fspath(path), handlers or {})
+        return _build(_read_ini(os.fspath(path)), handlers or {})
 
     def __len__(self) -> int:
         return len(self._communicators)
@@ -1915,17 +1921,26 @@ class CommunicatorList:
     def _closed(self) -> bool:
         return all(communicator._closed() for communicator in self._communicators)
 
-    def run(self, timeout: float = STOP_TIMEOUT) -> bool:
-        """Start, wait for SIGINT or SIGTERM or until every Communicator was closed, then stop. What `stop` returns."""
+    def run(self, timeout: float = STOP_TIMEOUT, on_ready: Optional[Callable[[], Any]] = None) -> bool:
+        """Start, wait for SIGINT or SIGTERM or until every Communicator was closed, then stop. What `stop` returns.
+
+        *on_ready* is called once all threads run and signals are heeded: the place for a "listening on" line.
+        """
         _raise_file_limit(sum({communicator.manager: communicator.manager.max_sessions
                                for communicator in self._communicators}.values()))
-        try:
-            with _Interrupt() as interrupt:
+        with _Interrupt() as interrupt:
+            try:
                 self.start()
+                if on_ready is not None:
+                    on_ready()
                 while not interrupt.signalled and not (self._communicators and self._closed()):
                     interrupt.wait()
-        finally:
-            drained = self.stop(timeout)    # the handlers are restored: a second Ctrl-C ends this at once
+            finally:
+                interrupt.stopping = True
+                try:
+                    drained = self.stop(timeout)
+                except KeyboardInterrupt:
+                    drained = self.stop(0)      # a second Ctrl-C: wait no longer
         return drained
 
 
@@ -1945,14 +1960,16 @@ def _raise_file_limit(sessions: int) -> None:
             _log().warning("the limit of open files stays at %d: %s", soft, error)
 
 
-def run(*members: Union[Communicator, CommunicatorList, EventQueue], timeout: float = STOP_TIMEOUT) -> bool:
+def run(*members: Union[Communicator, CommunicatorList, EventQueue], timeout: float = STOP_TIMEOUT,
+        on_ready: Optional[Callable[[], Any]] = None) -> bool:
     """Run Communicators, queues or one CommunicatorList until SIGINT or SIGTERM, or until all of them were closed.
 
-    Then everything drains for up to *timeout* seconds. True if nothing had to be aborted.
+    Then everything drains for up to *timeout* seconds. *on_ready* is called once it all runs. True if nothing had to be
+    aborted.
     """
     if len(members) == 1 and isinstance(members[0], CommunicatorList):
-        return members[0].run(timeout)
-    return CommunicatorList(*members).run(timeout)      # type: ignore[arg-type]
+        return members[0].run(timeout, on_ready)
+    return CommunicatorList(*members).run(timeout, on_ready)        # type: ignore[arg-type]
 
 
 def echo(session: Session, packet: Any) -> None:
@@ -2221,8 +2238,8 @@ def _no_handler(session: Session, packet: Any) -> None:
     raise LeviathanError("%s has no HANDLER in the INI file, and none was given to from_ini" % session.communicator.name)
 
 
-def _build(ini: _Ini, path: str, handlers: Dict[int, Any]) -> CommunicatorList:
-    """Make what the INI describes."""
+def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> CommunicatorList:
+    """Make what the INI describes; listen and connect too, unless *bind* is False."""
     manager = SessionManager(
         ini.get("SESSION", None, "SESSION_MAX"), ini.get("SESSION", None, "RECV_BUF_SIZE"),
         {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()},
@@ -2248,7 +2265,7 @@ def _build(ini: _Ini, path: str, handlers: Dict[int, Any]) -> CommunicatorList:
         raise ini.wrong("COMUNICATOR", None, "COUNT", "there are only %d sections [COMUNICATOR_n]" % len(numbers))
     try:
         for number in numbers[:count]:
-            _build_communicator(ini, number, manager, queue_of, handlers, result)
+            _build_communicator(ini, number, manager, queue_of, handlers, result, bind)
     except BaseException:
         result.stop(0)                      # nothing stays bound
         raise
@@ -2261,7 +2278,7 @@ def _build(ini: _Ini, path: str, handlers: Dict[int, Any]) -> CommunicatorList:
 
 def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
                         queue_of: Callable[[int, str], Optional[EventQueue]], handlers: Dict[int, Any],
-                        result: CommunicatorList) -> None:
+                        result: CommunicatorList, bind: bool) -> None:
     def get(key: str) -> Any:
         return ini.get("COMUNICATOR_n", number, key)
 
@@ -2283,6 +2300,8 @@ def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
         acceptor = Communicator(communicator.framing, _no_handler, queue=accept_queue, manager=manager,
                                 name="COMUNICATOR_%d" % number)
         result.add(acceptor)
+    if not bind:
+        return
     for family, address in get("LISTEN") or ():
         try:
             if family == "unix":
@@ -2364,7 +2383,7 @@ def _bundle(path: str) -> None:
             text = file.read()
         if "'''" in text:
             raise LeviathanError("%s has three apostrophes in a row, and cannot be bundled" % source)
-        line = at + 1 + len(engines) + 2            # the line after the opening quotes, counted from 1
+        line = at + 1 + len(engines) + 1            # the line of the opening quotes, counted from 1
         engines += ["_BUNDLED[%r] = (%d, r'''" % (name, line)] + text.rstrip("\n").split("\n") + ["''')"]
     if not engines:
         raise LeviathanError("there is no engine beside %s to put into the bundle" % os.path.abspath(__file__))
@@ -2373,18 +2392,20 @@ def _bundle(path: str) -> None:
 
 
 def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
-    servers = _build(ini, path, {})
+    servers = _build(ini, {}, not check)
     if check:
-        servers.stop(0)
         print("%s is right" % path)
         return 0
-    for communicator in servers:
-        for listener in communicator.listeners:
-            print("listening on %s" % _address_text(listener.address), flush=True)
-    if hint:
-        address = servers[0].listeners[0].address
-        print(hint % {"host": address[0], "port": address[1]}, flush=True)
-    servers.run()
+
+    def ready() -> None:
+        for communicator in servers:
+            for listener in communicator.listeners:
+                print("listening on %s" % _address_text(listener.address), flush=True)
+        if hint:
+            address = servers[0].listeners[0].address
+            print(hint % {"host": address[0], "port": address[1]}, flush=True)
+
+    servers.run(on_ready=ready)
     return 0
 
 

@@ -293,8 +293,11 @@ def test_a_raising_on_connect_costs_only_its_session(serve):
         if len(calls) == 1:
             raise ValueError("on_connect")
 
-    server = serve(on_connect=on_connect, manager=None, max_clients=1)
-    assert read_to_end(server.client()) == b""
+    server = serve(on_connect=on_connect, max_clients=1)
+    try:
+        assert read_to_end(server.client()) == b""
+    except ConnectionResetError:
+        pass                        # the reset came before connect() had returned
     assert server.ended.wait()[0][1] is Reason.ERROR
     client = server.client()
     client.sendall(frame(b"x"))
@@ -599,6 +602,25 @@ def test_finish_half_closes_and_receiving_goes_on(serve):
     assert session.connected
     client.close()
     assert server.ended.wait() == [(session, Reason.NORMAL, None)]
+
+
+def test_finish_in_a_handler(serve):
+    """send answers False from then on; what was queued before still leaves."""
+    answers = Log()
+
+    def on_packet(session, packet):
+        session.send(b"last")
+        session.finish()
+        answers.add(session.send(b"late"))
+        answers.add(session.write(b"late", on_sent=lambda session, ok: answers.add("never")))
+
+    server = serve(on_packet=on_packet)
+    client = server.client()
+    client.sendall(frame(b"x"))
+    assert read_to_end(client) == frame(b"last")
+    assert answers.items == [False, False]
+    client.close()
+    assert server.ended.wait()[0][1] is Reason.NORMAL
 
 
 def test_finish_then_close(serve):

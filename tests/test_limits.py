@@ -1,0 +1,495 @@
+"""Limits: connections, descriptors, time, unsent bytes, memory (A2, B4, RULES "epoll" 4, "Servers in general" 1 to 3)."""
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import leviathan
+from conftest import DEADLINE, Log, connect, eventually, frame, read_exactly, read_frame, read_to_end
+from leviathan import Delimited, LengthPrefix, Reason, TextLength
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def lines_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "leviathan"]
+
+
+def peer_text(client):
+    return "%s:%d" % client.getsockname()
+
+
+def serves(client, packet=b"alive"):
+    """One echo."""
+    client.sendall(frame(packet))
+    return read_frame(client) == packet
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+def limited_by(name, serve, harness):
+    if name == "max_clients":
+        return serve(max_clients=2, name="leviathan-limited")
+    return serve(manager=harness.manager(max_sessions=2), name="leviathan-limited")
+
+
+@pytest.mark.parametrize("limit", ["max_clients", "max_sessions"])
+def test_at_the_connection_limit_accepting_pauses_and_resumes(serve, harness, caplog, limit):
+    """CLIENT_SESSION_MAX and SESSION_MAX: who comes later waits in the kernel's queue and is served when one leaves."""
+    server = limited_by(limit, serve, harness)
+    clients = [server.client() for _ in range(6)]
+    for client in clients:
+        client.sendall(frame(b"x"))                 # those that wait have sent already
+    for number in range(6):
+        assert read_frame(clients[number]) == b"x"
+        assert len(server.communicator.sessions) <= 2
+        assert server.manager.statistics()["sessions"] <= 2
+        clients[number].close()
+    server.ended.wait(6)
+    assert server.manager.statistics()["sessions_high"] == 2
+    full = [line for line in lines_of(caplog) if "limit (2)" in line]
+    assert full and "leviathan-limited" in full[0] and "no longer accepting" in full[0]
+
+
+def test_the_limit_is_logged_once_while_it_stands(serve, caplog):
+    server = serve(max_clients=1)
+    first = server.client()
+    others = [server.client() for _ in range(10)]
+    assert serves(first)
+    assert serves(first)
+    eventually(lambda: lines_of(caplog))
+    assert len(lines_of(caplog)) == 1
+    assert others
+
+
+def test_two_communicators_share_one_session_limit(serve, harness):
+    """A4: the SessionManager is shared; a slot that one gives back is used by the other."""
+    manager = harness.manager(max_sessions=1)
+    first, second = serve(manager=manager), serve(manager=manager)
+    one = first.client()
+    assert serves(one)
+    two = second.client()
+    two.sendall(frame(b"waits"))
+    assert len(second.connected) == 0
+    one.close()
+    assert read_frame(two) == b"waits"
+
+
+def test_a_listener_closed_while_it_waits_for_room(serve, harness):
+    server = serve(max_clients=1)
+    first = server.client()
+    assert serves(first)
+    waiting = server.client()
+    server.listener.close()
+    first.close()
+    server.ended.wait()
+    assert read_to_end(waiting) == b""
+    assert len(server.connected) == 1
+
+
+def test_an_outgoing_connection_without_a_free_session_fails_with_pool_exhausted(serve, harness):
+    target = serve()
+    server = serve(manager=harness.manager(max_sessions=1))
+    client = server.client()
+    assert serves(client)
+    failures = Log()
+    server.communicator.connect(*target.address, on_failure=lambda connector, error: failures.add(error))
+    assert isinstance(failures.wait()[0], leviathan.PoolExhausted)
+    assert serves(client)
+
+
+EMFILE = """
+import logging, resource, socket, struct, sys, threading
+sys.path[:0] = [%r, %r]
+import leviathan
+from conftest import Log, connect, frame, read_frame, eventually
+lines = Log()
+class Handler(logging.Handler):
+    def emit(self, record):
+        lines.add(record.getMessage())
+logging.getLogger("leviathan").addHandler(Handler())
+server = leviathan.Communicator(leviathan.LengthPrefix(4), leviathan.echo)
+listener = server.listen(0)
+members = leviathan.CommunicatorList(server)
+members.start()
+def check(client):
+    client.sendall(frame(b"alive"))
+    assert read_frame(client) == b"alive"
+first = connect(listener)
+check(first)
+pending = [socket.socket() for _ in range(5)]
+fillers = []
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (pending[-1].fileno() + 8, hard))
+try:
+    while True:
+        fillers.append(socket.socket())
+except OSError:
+    pass
+for client in pending:
+    client.settimeout(10)
+    client.connect(listener.address)
+    client.sendall(frame(b"waits"))
+lines.wait()
+for _ in range(50):
+    check(first)
+threading.Event().wait(0.35)                # the pause is tried again twice: still one line
+check(first)
+assert len(lines) == 1, lines.items
+assert "cannot accept" in lines.items[0], lines.items
+used = members[0].queue.statistics()["turns"]
+assert used < 300, "it spins: %%d turns" %% used
+for filler in fillers:
+    filler.close()
+for client in pending:
+    assert read_frame(client) == b"waits"
+    check(client)
+assert len(lines) == 1, lines.items
+for client in pending + [first]:
+    client.close()
+assert members.stop()
+assert leviathan.default_manager().statistics()["sessions"] == 0
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_NOFILE")
+def test_out_of_descriptors_it_goes_on_serving_and_accepts_later():
+    """RULES, epoll 4: EMFILE is logged once, accepting pauses 0.1 s and longer, no spinning."""
+    done = subprocess.run([sys.executable, "-c", EMFILE % (HERE, os.path.join(HERE, "tests"))], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert (done.stdout, done.returncode) == (b"fine\n", 0), done.stderr.decode()
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("framing, head, drip", [
+    (LengthPrefix(4), b"\0\0\1\0", b"x"), (LengthPrefix(4), b"\0", b""), (TextLength(), b"200000,", b"x"),
+    (Delimited(b"\n"), b"GET", b"x"), (LengthPrefix(4), struct.pack(">I", 1 << 20), b"x"),
+], ids=["body", "inside of the header", "text", "line", "large"])
+def test_a_slow_sender_is_ended_though_bytes_trickle(serve, framing, head, drip):
+    """RULES, servers 2: a packet's deadline runs from its first byte; the idle timer would never fire."""
+    server = serve(framing, packet_timeout=0.15, idle_timeout=30)
+    client, session = server.pair()
+    client.sendall(head)
+    began = time.monotonic()
+    client.settimeout(0.01)
+    ended = False
+    while not ended and time.monotonic() - began < DEADLINE:
+        try:
+            client.sendall(drip)
+            ended = not client.recv(100)
+        except socket.timeout:
+            pass
+        except OSError:
+            ended = True
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.TIMEOUT
+    assert isinstance(error, TimeoutError) and "packet" in str(error)
+    assert 0.14 < time.monotonic() - began < 5.0
+
+
+def test_the_packet_deadline_begins_anew_with_each_packet(serve):
+    """A peer that always has an incomplete packet but goes on from packet to packet is none of the slow ones."""
+    server = serve(packet_timeout=0.3)
+    client = server.client()
+    client.sendall(b"\0\0\0")
+    end = time.monotonic() + 0.9
+    count = 0
+    while time.monotonic() < end:
+        client.sendall(b"\1x\0\0\0")                # the end of one and the beginning of the next
+        assert read_frame(client) == b"x"
+        count += 1
+        threading.Event().wait(0.01)
+    assert count > 10
+    assert len(server.ended) == 0
+
+
+def test_idle_timeout_ends_only_the_idle(serve):
+    """A2: time out the idle ones."""
+    server = serve(idle_timeout=0.4)
+    idle, busy = server.client(), server.client()
+    idle.settimeout(0.01)
+    while True:
+        assert serves(busy)
+        try:
+            if idle.recv(10) == b"":
+                break
+        except socket.timeout:
+            pass
+    assert len(server.communicator.sessions) >= 1
+    assert serves(busy)
+    assert server.ended.wait()[0][1] is Reason.TIMEOUT
+    assert len(server.ended) == 1
+
+
+def test_no_timeout_means_for_ever(serve):
+    server = serve(idle_timeout=0, packet_timeout=0)
+    assert server.queue.statistics()["timers"] == 0
+    client = server.client()
+    client.sendall(b"\0")
+    eventually(lambda: server.manager.statistics()["leased"] == 1)
+    assert len(server.ended) == 0
+
+
+def test_an_outgoing_connection_idles_too(serve):
+    server = serve()
+    client = serve(listen=False, idle_timeout=0.1)
+    client.communicator.connect(*server.address)
+    assert client.ended.wait()[0][1] is Reason.TIMEOUT
+
+
+# -- unsent bytes -----------------------------------------------------------------------------------------------------
+
+def test_a_client_that_does_not_read_is_not_read_from_and_then_gets_everything(serve):
+    """RULES, servers 1: above the high-water mark receiving pauses, below the low one it resumes; nothing is lost."""
+    pressure = Log()
+    server = serve(on_backpressure=lambda session, congested: pressure.add(congested))
+    client, session = server.pair(SO_RCVBUF=1 << 16, SO_SNDBUF=1 << 16)
+    packets = 1500
+    size = 20000
+    sender = threading.Thread(target=client.sendall, daemon=True,
+                              args=(b"".join(frame(b"%08d" % number + b"x" * (size - 8)) for number in range(packets)),))
+    sender.start()
+    assert pressure.wait()[0] is True
+    assert session.paused & leviathan.PAUSED_UNSENT or len(pressure) > 1
+    other = server.client()
+    for _ in range(20):
+        assert serves(other)
+        assert session.backlog < session.high_water + 1 + leviathan._engine.SCRATCH + 2 * size
+    for number in range(packets):
+        assert read_frame(client)[:8] == b"%08d" % number
+    sender.join(DEADLINE)
+    eventually(lambda: pressure.items[-1] is False)
+    assert pressure.items == [True, False] * (len(pressure) // 2)
+    assert serves(client)
+    assert len(server.ended) == 0
+
+
+def test_marks_can_be_set(serve):
+    pressure = Log()
+    server = serve(high_water=1000, low_water=0, on_backpressure=lambda session, congested: pressure.add(congested))
+    client, session = server.pair()
+    session.send(b"x" * (6 << 20))
+    assert pressure.wait() == [True]
+    assert len(read_frame(client)) == 6 << 20
+    assert pressure.wait(2) == [True, False]
+    with pytest.raises(ValueError):
+        serve(high_water=10, low_water=11)
+    with pytest.raises(ValueError):
+        serve(high_water=10, low_water=1, send_limit=9)
+
+
+@pytest.mark.parametrize("where", ["foreign", "timer", "handler"])
+def test_hard_limit_ends_with_overflow(serve, caplog, where):
+    """RULES, servers 1: a peer that never reads costs a bounded amount; one line says so; others are unaffected."""
+    limit = 1 << 20
+    worst = [0]
+    stopped = Log()
+
+    def flood(session):
+        for _ in range(10000):
+            worst[0] = max(worst[0], session.backlog)
+            if not session.send(b"x" * 10000):
+                break
+        stopped.add(session.send(b"one more"))
+
+    def on_packet(session, packet):
+        if packet == b"flood":
+            flood(session)
+        else:
+            session.send(packet)
+
+    server = serve(on_packet=on_packet, send_limit=limit)
+    client, session = server.pair()
+    if where == "foreign":
+        flood(session)
+    elif where == "timer":
+        server.queue.post(flood, session)
+    else:
+        client.sendall(frame(b"flood"))
+    stopped.wait()
+    assert stopped.items == [False]
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.OVERFLOW
+    assert worst[0] <= limit + 10004
+    assert serves(server.client())
+    lines = [line for line in lines_of(caplog) if peer_text(client) in line]
+    assert len(lines) == 1 and "does not read" in lines[0]
+
+
+def test_one_packet_over_the_hard_limit_is_let_through(serve):
+    server = serve(send_limit=1 << 17)
+    client, session = server.pair()
+    assert session.send(b"x" * (4 << 20)) is True
+    assert len(read_frame(client)) == 4 << 20
+    server.queue.post(session.send, b"y" * (4 << 20))
+    assert len(read_frame(client)) == 4 << 20
+    assert len(server.ended) == 0
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+def test_at_the_memory_limit_receiving_waits_and_nothing_is_dropped(serve, harness):
+    """DESIGN 4: eight packets of 100 kB (a class of 128 kB) with 300 kB of pool: two at a time, all arrive."""
+    server = serve(manager=harness.manager(memory_limit=300000))
+    clients = [server.client() for _ in range(8)]
+    packets = [os.urandom(100000) for _ in clients]
+    got = Log()
+
+    def receive(client, packet):
+        got.add(read_frame(client) == packet)
+
+    for client, packet in zip(clients, packets):
+        threading.Thread(target=receive, args=(client, packet), daemon=True).start()
+        client.sendall(frame(packet)[:5000])
+    eventually(lambda: server.manager.statistics()["waiting"])
+    assert server.manager.statistics()["memory"] <= 300000
+    for client, packet in zip(clients, packets):
+        threading.Thread(target=client.sendall, args=(frame(packet)[5000:],), daemon=True).start()
+    assert got.wait(8) == [True] * 8
+    assert len(server.ended) == 0
+    classes = server.manager.statistics()["classes"]
+    assert classes[1 << 17]["high"] <= 2
+
+
+def test_a_session_that_waits_for_memory_can_end(serve, harness):
+    server = serve(manager=harness.manager(memory_limit=1 << 17))
+    holder, waiter = server.client(), server.client()
+    holder.sendall(frame(b"x" * 100000)[:50000])
+    eventually(lambda: server.manager.statistics()["memory"])
+    waiter.sendall(frame(b"y" * 100000)[:50000])
+    eventually(lambda: server.manager.statistics()["waiting"])
+    for session in server.communicator.sessions:
+        if session.peer == waiter.getsockname():
+            session.abort()
+    server.ended.wait()
+    holder.sendall(frame(b"x" * 100000)[50000:])
+    assert read_frame(holder) == b"x" * 100000
+    eventually(lambda: server.manager.statistics()["waiting"] == 0)
+
+
+def test_a_packet_larger_than_all_memory_ends_with_pool_exhausted(serve, harness, caplog):
+    """Waiting cannot help: ERROR, and the others go on."""
+    server = serve(manager=harness.manager(memory_limit=1 << 16))
+    good, bad = server.client(), server.client()
+    bad.sendall(struct.pack(">I", 1 << 20) + b"x")
+    assert read_to_end(bad) == b""
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.ERROR
+    assert isinstance(error, leviathan.PoolExhausted)
+    assert serves(good)
+    assert server.manager.statistics()["sessions"] == 1
+    assert len([line for line in lines_of(caplog) if peer_text(bad) in line]) == 1
+
+
+@pytest.mark.parametrize("framing, data", [
+    (LengthPrefix(4), b"\xff\xff\xff\xff" + b"x" * 100), (LengthPrefix(8), b"\x7f" + b"\xff" * 7),
+    (TextLength(), b"9999999999,x"), (LengthPrefix(2, adjust=-2), b"\0\1"),
+    (lambda view: -5, b"x"), (lambda view: 1 << 40, b"x"),
+], ids=["4 GiB", "8 EiB", "text", "impossible", "negative", "function 1 TiB"])
+def test_a_bad_length_allocates_nothing(serve, framing, data):
+    """DESIGN 4: a length is checked before any buffer is taken."""
+    server = serve(framing)
+    client = server.client()
+    client.sendall(data)
+    assert read_to_end(client) == b""
+    assert server.ended.wait()[0][1] is Reason.PROTOCOL
+    assert server.manager.statistics()["classes"] == {}
+
+
+def test_a_bad_length_that_comes_in_pieces_allocates_only_the_first_buffer(serve, harness):
+    server = serve()
+    client = server.client()
+    client.sendall(b"\xff\xff")
+    eventually(lambda: server.manager.statistics()["leased"])
+    client.sendall(b"\xff\xff")
+    assert read_to_end(client) == b""
+    server.ended.wait()
+    assert list(server.manager.statistics()["classes"]) == [leviathan.RECV_BUFFER]
+
+
+def test_a_broken_protocol_is_one_log_line_with_peer_and_cause(serve, caplog):
+    server = serve(TextLength(), on_packet=lambda session, packet: session.send(packet))
+    others = [server.client() for _ in range(3)]
+    bad = server.client()
+    bad.sendall(b"2,ok1_0,helloworld" + b"more, and more, and more" * 100)
+    assert read_to_end(bad) == b"2,ok"
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.PROTOCOL
+    line, = lines_of(caplog)
+    assert peer_text(bad) in line and "1_0" in line and "clos" in line
+    for other in others:
+        other.sendall(b"5,hello")
+        assert read_exactly(other, 7) == b"5,hello"
+    assert len(server.ended) == 1
+
+
+def test_many_bad_peers_leave_nothing_behind(serve):
+    server = serve(threads=2)
+    good = server.client()
+    for number in range(40):
+        bad = server.client()
+        bad.sendall(frame(b"fine")[:number % 9] + b"\xff" * 8)
+        bad.shutdown(socket.SHUT_WR)
+        read_to_end(bad)
+        bad.close()
+    server.ended.wait(40)
+    assert serves(good)
+    eventually(lambda: server.manager.statistics()["sessions"] == 1)
+    eventually(lambda: server.manager.statistics()["leased"] == 0)
+
+
+# -- the pool itself --------------------------------------------------------------------------------------------------
+
+def test_buffers_by_class_are_used_again(harness):
+    """B4: powers of two from 4 bytes to 2 MiB; the larger ones are not kept."""
+    manager = harness.manager(classes={4: 2, 4096: 1, 1 << 21: 1})
+    assert {size: counts["made"] for size, counts in manager.statistics()["classes"].items()} == {
+        4: 2, 4096: 1, 1 << 21: 1}
+    first = manager.lease(4000)
+    assert first.size == 4096
+    manager.give_back(first)
+    assert manager.lease(2049) is first
+    second = manager.lease(4096)
+    assert second is not first
+    assert manager.statistics()["classes"][4096] == {"made": 2, "leased": 2, "high": 2, "free": 0}
+    large = manager.lease((1 << 21) + 1)
+    assert large.size == 1 << 22
+    for buffer in (first, second, large):
+        manager.give_back(buffer)
+    assert manager.statistics()["classes"][1 << 22]["made"] == 0
+    for size, expected in ((1, 4), (4, 4), (5, 8), (1 << 20, 1 << 20)):
+        buffer = manager.lease(size)
+        assert buffer.size == expected
+        manager.give_back(buffer)
+
+
+def test_a_buffer_given_back_twice_is_noticed(harness):
+    manager = harness.manager()
+    buffer = manager.lease(100)
+    manager.give_back(buffer)
+    with pytest.raises(leviathan.LeviathanError):
+        manager.give_back(buffer)
+
+
+def test_lease_at_and_over_the_limit(harness):
+    manager = harness.manager(memory_limit=8192)
+    first = manager.lease(8192)
+    assert manager.lease(1) is None
+    with pytest.raises(leviathan.PoolExhausted):
+        manager.lease(8193)
+    manager.give_back(first)
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_sessions": 0}, {"recv_buffer": 3}, {"recv_buffer": 1 << 22}, {"classes": {5: 1}}, {"classes": {1 << 22: 1}},
+    {"classes": {2: 1}}, {"send_operations": 0}], ids=str)
+def test_senseless_pool_settings_raise_value_error(settings):
+    with pytest.raises(ValueError):
+        leviathan.SessionManager(**settings)
