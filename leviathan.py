@@ -64,6 +64,7 @@ SEND_LIMIT = 1 << 24            # unsent bytes at which a peer that does not rea
 COPY_MAX = 1 << 16              # an unsent rest up to this is copied into a SendBuf, a larger one kept as it is
 GROW_MAX = 1 << 16              # a peer that fills its RecvBuf gets one twice as large, up to this
 CORK_MAX = 64                   # packets that one handler queues before the first of them leave
+RUN_MAX = 1024                  # runs of packets of one length are looked for up to this length
 SEND_INLINE = 1 << 14           # a larger packet is queued beside its header instead of being copied behind it
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
 STOP_TIMEOUT = 10.0             # seconds that a stop lets queued bytes leave
@@ -326,6 +327,27 @@ class LengthPrefix(Framing):
         header = self.header
         limit = self.max_packet - header
         too_long = self.too_long
+        runs: Dict[int, Any] = {}           # {length: iter_unpack of header and content}; no more than RUN_MAX of them
+        code = self._struct.format
+
+        def run(session: Session, buffer: bytes, length: int, width: int) -> int:
+            """Hand on packets of *length* bytes as long as there are such; returns where the first other one begins."""
+            unpack = runs.get(length)
+            if unpack is None:
+                unpack = runs[length] = struct.Struct("%s%ds" % (code, length)).iter_unpack
+            start = 0
+            for found, packet in unpack(buffer[:len(buffer) // width * width]):
+                if found != length:
+                    break
+                start += width
+                try:
+                    on_packet(session, packet)
+                except BaseException as error:
+                    fail(session, error)
+                    break
+                if session.paused:
+                    break
+            return start
 
         def received(session: Session, buffer: Any, end: int) -> None:
             start = 0
@@ -340,9 +362,16 @@ class LengthPrefix(Framing):
                     stop = body + length
                     if stop > end:
                         break
-                    if not start and stop != end and length < 4096:
-                        # Several packets, and short: parts of bytes are had 40 ns sooner than parts of an array.
+                    if not start and stop != end and length < RUN_MAX:
+                        # Several short packets: parts of bytes are had 40 ns sooner than parts of an array. And if the
+                        # next is as long as this, as telegrams of one kind are, perhaps all are: then one iterator
+                        # makes length and content in 60 ns a packet instead of 160.
                         buffer = buffer[:end]
+                        if buffer.startswith(buffer[:header], stop):
+                            start = run(session, buffer, length, stop)
+                            if start == end or session.paused:
+                                break
+                            continue
                     start = stop
                     on_packet(session, buffer[body:stop])
                     if stop == end or session.paused:

@@ -695,6 +695,8 @@ class EngineContract:
         _, session, client = self.pair(high_water=1 << 25, send_limit=1 << 25)
         session.write(b"x" * 8000000)
         session.finish()
+        for _ in range(3):
+            self.on_thread(session, int)        # the thread has seen that it cannot send all of it now
         assert len(self.read_to_end(client)) == 8000000
         self.elapse(session.communicator.queue, 0.4)
         client.sendall(self.packed(b"still there"))

@@ -1,0 +1,275 @@
+"""The engine contract on epoll, and what only epoll can get wrong."""
+import errno
+import os
+import select
+import socket
+
+import pytest
+
+pytest.register_assert_rewrite("engine_contract")
+
+import leviathan                                # noqa: E402
+from engine_contract import RESET, EngineContract   # noqa: E402
+from fake_engine import Plan, faulty            # noqa: E402
+
+if not hasattr(select, "epoll"):
+    pytest.skip("needs select.epoll, which only Linux has", allow_module_level=True)
+
+import leviathan_linux                          # noqa: E402
+
+TURNS = 10          # what nothing to do may cost in a tenth of a second; a loop that spins makes thousands
+
+
+class TestEpoll(EngineContract):
+    module = leviathan_linux
+
+    def setup_method(self, method):
+        self.before = leviathan_linux.USE_EPOLL
+        leviathan_linux.USE_EPOLL = True        # even under LEVIATHAN_POLL=1
+        super().setup_method(method)
+
+    def teardown_method(self, method):
+        try:
+            super().teardown_method(method)
+        finally:
+            leviathan_linux.USE_EPOLL = self.before
+
+    def turns(self, queue):
+        """How many turns the loops make while nothing is to be done."""
+        self.elapse(queue, 0.02)
+        before = queue.statistics()["turns"]
+        self.elapse(queue, 0.1)
+        return queue.statistics()["turns"] - before
+
+    def test_it_is_epoll_that_is_tested(self):
+        assert isinstance(self.queue().engine.workers[0].poller, select.epoll)
+
+    # -- what cannot be masked ----------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("ending", ["half", "close", "reset"])
+    def test_a_paused_session_whose_peer_ends_does_not_spin(self, ending):
+        _, session, client = self.pair(lambda session, packet: session.pause())
+        client.sendall(self.packed(b"stop", b"rest"))
+        self.record.wait_for("packet")
+        if ending == "half":
+            client.shutdown(socket.SHUT_WR)
+        else:
+            if ending == "reset":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            client.close()
+        assert self.turns(session.communicator.queue) < TURNS
+        assert self.record.count("on_closed") == 0
+        session.resume()
+        self.record.wait_for("packet", 2)
+        session.resume()
+        self.record.wait_for("on_closed")
+
+    def test_a_half_closed_session_that_stays_open_does_not_spin(self):
+        _, session, client = self.pair(on_eof=lambda session: None)
+        client.shutdown(socket.SHUT_WR)
+        self.record.wait_for("on_eof")
+        assert self.turns(session.communicator.queue) < TURNS
+        assert self.record.count("on_eof") == 1
+        session.send(b"still")
+        assert self.read(client, 9) == self.packed(b"still")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        client.close()
+        assert self.turns(session.communicator.queue) < TURNS
+        session.close()
+        self.record.wait_for("on_closed")
+
+    def test_a_session_half_closed_on_both_sides_does_not_spin(self):
+        _, session, client = self.pair()
+        session.finish()
+        assert self.read_to_end(client) == b""
+        assert self.turns(session.communicator.queue) < TURNS
+        client.shutdown(socket.SHUT_WR)
+        self.record.wait_for("on_closed")
+
+    def test_a_congested_session_does_not_spin(self):
+        _, session, client = self.pair()
+        session.send(b"x" * 8000000)
+        self.on_thread(session, int)
+        client.sendall(self.packed(b"unread"))
+        assert self.turns(session.communicator.queue) < TURNS
+        client.shutdown(socket.SHUT_WR)
+        assert self.turns(session.communicator.queue) < TURNS
+        session.close()
+        assert self.turns(session.communicator.queue) < TURNS
+        client.close()
+        self.record.wait_for("on_closed")
+
+    def test_a_full_communicator_does_not_spin(self):
+        communicator, listener = self.serve(max_clients=1)
+        self.client(listener), self.client(listener)
+        self.record.wait_for("connect")
+        assert self.turns(communicator.queue) < TURNS
+
+    def test_idle_threads_do_not_spin(self):
+        queue = self.queue(3)
+        self.serve(queue=queue)
+        assert self.turns(queue) < 3 * TURNS
+
+    # -- EPOLLOUT -----------------------------------------------------------------------------------------------------
+
+    def test_interest_in_writing_stands_only_while_something_is_unsent(self):
+        _, session, client = self.pair(high_water=1 << 24)
+
+        def interest():
+            return self.on_thread(session, lambda: session.interest)
+
+        assert interest() == select.EPOLLIN
+        session.send(b"small")
+        assert interest() == select.EPOLLIN
+        session.write(b"x" * 8000000, lambda session, ok: self.record.add("sent", session, ok))
+        assert interest() == select.EPOLLIN | select.EPOLLOUT
+        self.read(client, 9 + 8000000)
+        self.record.wait_for("sent")
+        assert interest() == select.EPOLLIN
+        session.pause()
+        assert interest() == 0
+        assert self.on_thread(session, lambda: session.socket.fileno() in session.worker.streams) is False
+        session.resume()
+        self.on_thread(session, int)
+        assert interest() == select.EPOLLIN
+
+    # -- accept -------------------------------------------------------------------------------------------------------
+
+    def test_an_aborted_connection_costs_only_itself(self):
+        with faulty(leviathan_linux, Plan("accept", 1, errno.ECONNABORTED, times=3)) as plan:
+            _, listener = self.serve(lambda session, packet: session.send(packet))
+            client = self.client(listener)
+            client.sendall(self.packed(b"x"))
+            assert self.read(client, 5) == self.packed(b"x")
+        assert plan.fired == 3 and self.record.count("on_listener_failed") == 0
+
+    @pytest.mark.parametrize("error", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
+    def test_a_shortage_pauses_accepting_with_a_doubling_pause(self, monkeypatch, error, caplog):
+        monkeypatch.setattr(leviathan_linux, "ACCEPT_PAUSE_MAX", 0.15)
+        with faulty(leviathan_linux, Plan("accept", 2, getattr(errno, error), times=3)) as plan:
+            communicator, listener = self.serve(lambda session, packet: session.send(packet))
+            # The second call of accept is the one that would say EAGAIN, or the second client's.
+            inside, waiting = self.client(listener), self.client(listener)
+            self.record.wait_for("on_listener_failed")
+            inside.sendall(self.packed(b"goes on"))
+            assert self.read(inside, 11) == self.packed(b"goes on")
+            waiting.sendall(self.packed(b"x"))
+            assert self.read(waiting, 5) == self.packed(b"x")
+        assert plan.fired == 3
+        pauses = [what[1] for _, _, _, what in self.record.of("on_listener_failed")]
+        assert pauses == [0.1, 0.15, 0.15]
+        assert len([line for line in caplog.records if "cannot accept" in line.getMessage()]) == 1
+        assert communicator.queue.statistics()["turns"] < 60
+
+    def test_descriptors_run_out_and_come_back(self):
+        # The real thing: no descriptor is left in this process.
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        communicator, listener = self.serve(lambda session, packet: session.send(packet))
+        first = self.client(listener)
+        self.record.wait_for("connect")
+        second = socket.socket()
+        self.sockets.append(second)
+        second.settimeout(5)
+        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(second.fileno() + 8, 32), hard))
+        try:
+            while True:
+                try:
+                    taken.append(os.dup(0))
+                except OSError:
+                    break
+            second.connect(listener.address)
+            self.record.wait_for("on_listener_failed")
+            first.sendall(self.packed(b"goes on"))
+            assert self.read(first, 11) == self.packed(b"goes on")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+        second.sendall(self.packed(b"x"))
+        assert self.read(second, 5) == self.packed(b"x")
+
+    def test_an_accept_that_fails_for_good_closes_the_listener_only(self):
+        with faulty(leviathan_linux, Plan("accept", 2, errno.EINVAL)):
+            _, listener = self.serve(lambda session, packet: session.send(packet))
+            client = self.client(listener)
+            self.record.wait_for("on_listener_failed")
+            client.sendall(self.packed(b"x"))
+            assert self.read(client, 5) == self.packed(b"x")
+            assert listener.closed
+
+    # -- wakeups ------------------------------------------------------------------------------------------------------
+
+    def test_the_wakeup_is_drained(self):
+        _, session, client = self.pair(queue=self.queue(2))
+        queue = session.communicator.queue
+        for _ in range(500):
+            session.send(b"wake")
+            queue.engine.post(int)
+        self.read(client, 500 * 8)
+        assert self.turns(queue) < 2 * TURNS
+        descriptors = [queue.engine.wakeup.fileno()] + [worker.wakeup.fileno() for worker in queue.engine.workers]
+        assert select.select(descriptors, [], [], 0)[0] == []
+
+    def test_a_wakeup_signalled_often_is_drained_at_once(self):
+        wakeup = leviathan_linux.Wakeup()
+        try:
+            for _ in range(100):
+                wakeup.signal()
+            assert select.select([wakeup.fileno()], [], [], 0)[0]
+            wakeup.drain()
+            assert not select.select([wakeup.fileno()], [], [], 0)[0]
+            wakeup.drain()
+        finally:
+            wakeup.close()
+
+    def test_a_socketpair_serves_as_well_as_an_eventfd(self, monkeypatch):
+        monkeypatch.delattr(os, "eventfd", raising=False)
+        _, session, client = self.pair(lambda session, packet: session.send(packet))
+        assert session.worker.wakeup._pair
+        client.sendall(self.packed(b"x"))
+        session.send(b"y")
+        assert sorted([self.read(client, 5), self.read(client, 5)]) == [self.packed(b"x"), self.packed(b"y")]
+
+    def test_a_busy_peer_starves_nobody(self):
+        # One bounded read per readiness: a peer that never stops leaves room for the others.
+        import threading
+        over = threading.Event()
+
+        def flood(sock):
+            try:
+                while not over.is_set():
+                    sock.sendall(b"\0\0\0\1f" * 50000)
+            except OSError:
+                pass
+
+        _, listener = self.serve(lambda session, packet: session.send(b"polite") if packet == b"polite" else None)
+        busy, polite = self.client(listener), self.client(listener)
+        thread = threading.Thread(target=flood, args=(busy,))
+        thread.start()
+        try:
+            for _ in range(5):
+                polite.sendall(self.packed(b"polite"))
+                assert self.read(polite, 10) == self.packed(b"polite")
+        finally:
+            over.set()
+            for _, session, _, _ in self.record.of("connect"):
+                session.abort()
+            thread.join()
+
+    def test_no_descriptor_is_left(self):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            _, session, client = self.pair(lambda session, packet: session.send(packet), queue=self.queue(2))
+            client.close()
+            self.record.wait(lambda: self.record.count("on_closed") == self.record.count("connect"))
+            session.communicator.queue.stop()
+            for listener in session.communicator.listeners:
+                assert listener.socket.fileno() == -1
+            for queue in self.queues:
+                queue.stop()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_leviathan_asks_for_this_engine(self):
+        assert leviathan._engine is leviathan_linux
