@@ -333,7 +333,11 @@ class Engine:
 
     def shutdown(self, session: Any) -> None:
         """Half-close: after what is queued was sent, tell the peer that no more will come; receiving goes on."""
-        session.worker.post(session.worker.half_close, session)
+        worker = session.worker
+        if threading.get_ident() == worker.ident:
+            worker.half_close(session)
+        else:
+            worker.post(worker.half_close, session)
 
     def unlisten(self, listener: Any) -> None:
         """Close a listener. Connections it let in go on."""
@@ -435,7 +439,7 @@ class Worker:
         self.core = engine.core
         self.poller = _make_poller()
         self.wakeup = Wakeup()
-        self.lock = threading.Lock()        # guards mail, signalled, stopped, and each session's `posted` and `state`
+        self.lock = threading.Lock()        # guards mail, signalled, stopped, and each session's `posted`, `state` and `fin`
         self.mail: List[Tuple[Callable[..., Any], Tuple[Any, ...]]] = []     # (function, args) for this thread
         self.signalled = False              # wakeup is readable already, or the mail is about to be read
         self.stopped = False                # no mail is taken any more
@@ -486,7 +490,7 @@ class Worker:
         """Queue bytes from a thread that is not the owner; `posted` counts what waits in the mail (hard limit)."""
         size = sum(map(len, chunks))
         with self.lock:
-            if self.stopped or not session.is_open():
+            if self.stopped or session.fin or not session.is_open():
                 return False
             waiting = session.posted + session.unsent
             if waiting and waiting + size > session.send_limit:
@@ -943,7 +947,9 @@ class Worker:
         """Send what handlers have queued: for each session all of it in one system call."""
         dirty = self.dirty
         for session in dirty:
-            if session.out and session.sending is None:
+            if session.aborted:
+                session.out.clear()
+            elif session.out and session.sending is None:
                 self._send_now(session)
         dirty.clear()
 
@@ -1058,10 +1064,12 @@ class Worker:
 
     def half_close(self, session: Any) -> None:
         """The user has nothing more to send: FIN goes out behind what is queued."""
-        if session.is_open() and not session.fin:
+        with self.lock:
+            if not session.is_open() or session.fin:
+                return
             session.fin = True
-            session.thread = 0
-            self.post(self._drained, session)
+        session.thread = 0
+        self.post(self._drained, session)
 
     def close_session(self, session: Any, drain: bool, reason: Any, error: Optional[BaseException]) -> None:
         """Begin to close. The first cause is the one reported; an abort overtakes a drain that is under way."""
@@ -1124,7 +1132,7 @@ class Worker:
                 session.deadline.cancel()
             session.deadline = self.engine.call_later(LINGER, 0, self.post, self._closed, session)
         elif not session.is_gone():
-            self._closed(session)
+            self.post(self._closed, session)        # behind the on_sent that are in the mail
 
     def _send_fin(self, session: Any) -> bool:
         try:
@@ -1142,7 +1150,7 @@ class Worker:
             except BlockingIOError:
                 return True
             except OSError as error:
-                self._closed(session, error)
+                self.post(self._closed, session, error)
                 return False
             session.eof = True
             if session.unsent:
@@ -1157,7 +1165,7 @@ class Worker:
         if session.is_gone() or session.unsent or session.posted:
             return
         if session.is_ended():
-            self._closed(session)
+            self.post(self._closed, session)
 
     def _closed(self, session: Any, error: Optional[OSError] = None) -> None:
         """The end: out of the tables, out of the epoll, buffers back, then on_closed; each session once."""
