@@ -181,7 +181,7 @@ def _unacknowledged(sock: socket.socket) -> int:
 class Timer:
     """A call to be made later, once or again and again. `cancel()` may be called from any thread, any number of times."""
 
-    __slots__ = ("when", "interval", "function", "args", "engine")
+    __slots__ = ("when", "interval", "function", "args", "engine", "queued")
 
     def __init__(self, engine: Engine, when: float, interval: float, function: Callable[..., Any],
                  args: Tuple[Any, ...]) -> None:
@@ -190,6 +190,7 @@ class Timer:
         self.interval = interval            # 0: once
         self.function: Optional[Callable[..., Any]] = function      # None: cancelled, or done
         self.args = args
+        self.queued = False                 # on the heap (the engine's lock guards it, as it does `function`)
 
     def __lt__(self, other: Timer) -> bool:
         return self.when < other.when
@@ -212,7 +213,7 @@ class Engine:
     def __init__(self, core: Any, name: str, threads: int) -> None:
         self.core = core
         self.name = name
-        self.lock = threading.Lock()        # guards events, signalled, timers, cancelled, due, turn and stopped
+        self.lock = threading.Lock()        # guards events, signalled, timers, cancelled, due, turn, started, stopped
         self.events: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = deque()    # (function, args) for any worker
         self.signalled = False              # wakeup is readable already
         self.timers: List[Timer] = []       # a heap by time
@@ -229,7 +230,7 @@ class Engine:
     def start(self) -> None:
         """Start the threads. What was asked for before is done now."""
         with self.lock:
-            if self.started:
+            if self.started or self.stopped:
                 return
             self.started = True
         for worker in self.workers:
@@ -242,17 +243,17 @@ class Engine:
         """
         if any(worker.ident == threading.get_ident() for worker in self.workers):
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
+        with self.lock:
+            first, self.stopped = not self.stopped, True        # from here on `post` answers False
         for worker in self.workers:
-            worker.post(worker.shut)
-            if not self.started:
-                worker.run()                # never had a thread: this one does what was queued, and closes
-        for worker in self.workers:
+            if first:
+                worker.post(worker.shut)
+                if not self.started:
+                    worker.run()            # never had a thread: this one does what was queued, and closes
             if self.started:
                 worker.thread.join()
-        with self.lock:
-            if not self.stopped:
-                self.stopped = True
-                self.wakeup.close()
+        if first:
+            self.wakeup.close()
 
     def statistics(self) -> Dict[str, int]:
         """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""
@@ -286,7 +287,10 @@ class Engine:
             sock.close()
             raise
         listener.socket = sock
-        listener.worker = self.choose(thread)
+        listener.worker = worker = self.choose(thread)
+        if not worker.post(worker.listeners.append, listener):
+            sock.close()
+            raise OSError(errno.ESHUTDOWN, "the queue has stopped")
 
     def accept(self, listener: Any) -> None:
         """Let connections in, until core.reserve(listener) says that there is no room. Each is given to on_accepted."""
@@ -295,7 +299,8 @@ class Engine:
     def connect(self, session: Any, family: int, address: Any, thread: Optional[int]) -> None:
         """Connect out. Ends in on_connected(session), or in on_closed(session, error)."""
         session.worker = worker = self.choose(thread)
-        worker.post(worker.dial, session, family, address)
+        if not worker.post(worker.dial, session, family, address):
+            self._refuse(session)
 
     def attach(self, session: Any, sock: socket.socket, thread: Optional[int]) -> None:
         """Take an accepted socket: on_connected(session) on the worker that now owns it, then its first receive."""
@@ -303,7 +308,12 @@ class Engine:
         session.worker = worker = self.choose(thread)
         if not worker.post(worker.adopt, session):
             sock.close()
-            self.core.on_closed(session, None)
+            self._refuse(session)
+
+    def _refuse(self, session: Any) -> None:
+        # The threads have ended, and a completion must not run inside of a verb: it gets a thread for itself.
+        session.move("closed")
+        threading.Thread(target=self.core.on_closed, args=(session, None), name=self.name + "-late").start()
 
     def receive(self, session: Any) -> None:
         """Arm receiving again after a pause: core.on_resumed(session) on the owner thread, then what arrives."""
@@ -371,6 +381,9 @@ class Engine:
     def schedule(self, timer: Timer) -> None:
         """Put a timer on the heap. A new first one wakes every worker, since any of them may be the idle one then."""
         with self.lock:
+            if timer.function is None:
+                return                      # cancelled by its own call
+            timer.queued = True
             heapq.heappush(self.timers, timer)
             first = timer.when < self.due
             if first:
@@ -386,7 +399,7 @@ class Engine:
                 return
             timer.function = None
             timer.args = ()
-            self.cancelled += 1
+            self.cancelled += timer.queued
             if self.cancelled > 64 and self.cancelled * 2 > len(self.timers):
                 self.timers = [timer for timer in self.timers if timer.function is not None]
                 heapq.heapify(self.timers)
@@ -398,8 +411,9 @@ class Engine:
         with self.lock:
             while self.timers and self.timers[0].when <= now:
                 timer = heapq.heappop(self.timers)
+                timer.queued = False
                 if timer.function is None:
-                    self.cancelled = max(0, self.cancelled - 1)
+                    self.cancelled -= 1
                 else:
                     due.append(timer)
             self.due = self.timers[0].when if self.timers else FOREVER
@@ -675,14 +689,15 @@ class Worker:
 
     def _run_timers(self, now: float) -> None:
         for timer in self.engine.take_due(now):
-            function = timer.function
+            with self.engine.lock:
+                function, args = timer.function, timer.args
+                if not timer.interval:
+                    timer.function = None
             if function is None:
                 continue                    # cancelled by one that was due before it
-            if not timer.interval:
-                timer.function = None
             self.events += 1
-            self._call(function, timer.args)
-            if timer.interval and timer.function is not None:
+            self._call(function, args)
+            if timer.interval:
                 # From when it was due, not from now, so that it does not drift; missed calls are not made up for.
                 timer.when = max(timer.when + timer.interval, monotonic())
                 self.engine.schedule(timer)
@@ -694,8 +709,6 @@ class Worker:
         if listener.closed or self.stopping:
             return
         fd = listener.socket.fileno()
-        if listener not in self.listeners:
-            self.listeners.append(listener)
         if fd not in self.others:
             self.others[fd] = functools.partial(self._accept, listener)
             self.poller.register(fd, READ)
@@ -1116,7 +1129,7 @@ class Worker:
         if session.is_gone():
             return
         if session.unsent or session.posted:
-            if session.deadline is None:
+            if session.deadline is None and not session.is_open():
                 session.deadline = self.engine.call_later(DRAIN, 0, self.post, self._overdue, session)
             return
         if session.is_open():               # a half-close asked for by the user

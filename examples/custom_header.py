@@ -41,8 +41,8 @@ def main():
 
     server = leviathan.Communicator(parse, on_packet)
     listener = server.listen(args.port, args.host)
-    print("custom_header listens on %s:%d" % listener.address, flush=True)
-    leviathan.run(server)
+    # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
+    leviathan.run(server, on_ready=lambda: print("custom_header listens on %s:%d" % listener.address, flush=True))
 
 
 if __name__ == "__main__":

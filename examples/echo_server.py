@@ -22,8 +22,8 @@ def main():
 
     server = leviathan.Communicator(leviathan.LengthPrefix(4), echo)
     listener = server.listen(args.port, args.host)
-    print("echo_server listens on %s:%d" % listener.address, flush=True)
-    leviathan.run(server)       # until Ctrl-C or SIGTERM; what is queued is still sent
+    # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
+    leviathan.run(server, on_ready=lambda: print("echo_server listens on %s:%d" % listener.address, flush=True))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,13 @@ def main():
     except (leviathan.ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    for number, server in sorted(servers.by_number.items()):
-        for listener in server.listeners:
-            print("[COMUNICATOR_%d] listens on %s:%d" % ((number,) + listener.address), flush=True)
-    servers.run()
+
+    def ready():                            # all threads run, and signals are heeded
+        for number, server in sorted(servers.by_number.items()):
+            for listener in server.listeners:
+                print("[COMUNICATOR_%d] listens on %s:%d" % ((number,) + listener.address), flush=True)
+
+    servers.run(on_ready=ready)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def main():
     clients = leviathan.Communicator(leviathan.Raw(), forward, on_connect=on_client, name="clients", **both)
     targets = leviathan.Communicator(leviathan.Raw(), forward, on_connect=on_target, name="targets", **both)
     listener = clients.listen(args.port, args.host)
-    print("proxy listens on %s:%d" % listener.address, flush=True)
-    leviathan.run(clients, targets)
+    # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
+    leviathan.run(clients, targets, on_ready=lambda: print("proxy listens on %s:%d" % listener.address, flush=True))
 
 
 if __name__ == "__main__":

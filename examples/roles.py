@@ -42,9 +42,13 @@ def main():
         if client is not None:
             client.send(text)               # False if that client has gone: its session is nobody else's now
 
+    def connected(session):                 # the first time, and after each reconnection
+        print("roles listens on %s:%d" % listener.address, flush=True)
+
     accepting = leviathan.EventQueue(1, name="accept")
     clients = leviathan.Communicator(lines, ask, queue=leviathan.EventQueue(4, name="clients"), name="clients")
-    upstream = leviathan.Communicator(lines, answer, queue=leviathan.EventQueue(2, name="upstream"), name="upstream")
+    upstream = leviathan.Communicator(lines, answer, queue=leviathan.EventQueue(2, name="upstream"), name="upstream",
+                                      on_connect=connected)
     gate = leviathan.Communicator(lines, ask, queue=accepting, name="gate")         # accepts only: see serve=
     servers = leviathan.CommunicatorList(gate, clients, upstream)
     if not args.upstream:
@@ -53,13 +57,7 @@ def main():
         args.upstream = "%s:%d" % shouter.listen(0).address
     host, _, port = args.upstream.rpartition(":")
     link = upstream.connect(host, int(port), reconnect=True)
-    servers.start()
-    try:
-        link.wait(5)                        # on the main thread only: a handler must not wait
-    except TimeoutError as error:
-        print("%s; clients are told so until it is up" % error, flush=True)
     listener = gate.listen(args.port, args.host, serve=clients)
-    print("roles listens on %s:%d" % listener.address, flush=True)
     servers.run()
 
 

@@ -65,9 +65,15 @@ def example(tmp_path, name, *arguments, ready=True):
     return Program(os.path.join(EXAMPLES, name), *arguments, cwd=tmp_path, ready=ready)
 
 
+def line_of(client):
+    line = b""
+    while not line.endswith(b"\n"):
+        line += read_exactly(client, 1)                 # and nothing of the next line
+    return line.strip()
+
+
 def lines_of(client, count):
-    file = client.makefile("rb")
-    return [file.readline().strip() for _ in range(count)]
+    return [line_of(client) for _ in range(count)]
 
 
 def test_every_example_is_tested_and_says_what_it_shows():
@@ -143,16 +149,32 @@ def test_roles(tmp_path):
         assert server.end() == (0, "", "")
 
 
-def test_roles_with_an_upstream_that_is_down(tmp_path):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))               # bound, not listening: connections are refused
-        with example(tmp_path, "roles.py", "--port", 0, "--upstream", "127.0.0.1:%d" % nobody.getsockname()[1]) as server:
-            assert "no connection" in server.line
-            server.address = server.next_address()
+def test_roles_when_the_upstream_goes_and_comes_back(tmp_path):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))                # bound, not listening: connections are refused
+        listening.settimeout(PATIENCE)
+        there = threading.Timer(0.3, listening.listen)
+        there.start()
+        where = "127.0.0.1:%d" % listening.getsockname()[1]
+        with example(tmp_path, "roles.py", "--port", 0, "--upstream", where) as server:
+            there.join()
+            upstream, _ = listening.accept()
             with server.client() as client:
                 client.sendall(b"hello\n")
-                assert lines_of(client, 1) == [b"the upstream is down"]
-            assert server.end()[0] == 0
+                upstream.settimeout(PATIENCE)
+                assert lines_of(upstream, 1) == [b"1 hello"]
+                upstream.sendall(b"9 nobody's\n1 answer\n")
+                assert lines_of(client, 1) == [b"answer"]
+                upstream.close()
+                upstream, _ = listening.accept()
+                with upstream:
+                    upstream.settimeout(PATIENCE)
+                    assert server.next_address() == server.address
+                    client.sendall(b"again\n")
+                    assert lines_of(upstream, 1) == [b"2 again"]
+                    upstream.sendall(b"2 yes\n")
+                    assert lines_of(client, 1) == [b"yes"]
+            assert server.end() == (0, "", "")
 
 
 def test_events(tmp_path):

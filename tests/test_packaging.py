@@ -90,7 +90,8 @@ def test_two_copies_in_one_process(tmp_path):
 def test_a_missing_engine_is_named(tmp_path, package):
     copy_to(tmp_path / "vendored", ["leviathan.py"])
     (tmp_path / "vendored" / "__init__.py").write_text("")
-    code = "from vendored import leviathan" if package else "import sys; sys.path.insert(0, 'vendored'); import leviathan"
+    flat = "import sys; sys.path.insert(0, 'vendored'); import leviathan"
+    code = "from vendored import leviathan" if package else flat
     status, _, err = run("-S", "-E", "-c", code, cwd=tmp_path)      # without what may be installed here
     last = err.strip().splitlines()[-1]
     assert status == 1 and last.startswith("ImportError: ")

@@ -465,6 +465,21 @@ def test_close_sends_what_is_queued_first(serve):
     assert server.ended.wait()[0][1] is Reason.NORMAL
 
 
+def test_a_close_behind_a_reply_does_not_wait_for_the_peer(serve):
+    """Once the peer has acknowledged everything (after 40 ms at most) its slot is free, though it stays connected."""
+    def on_packet(session, packet):
+        session.send(packet * 30000)
+        session.close()
+
+    server = serve(on_packet=on_packet)
+    client = server.client()
+    client.sendall(frame(b"x"))
+    assert read_to_end(client) == frame(b"x" * 30000)
+    began = time.monotonic()
+    server.ended.wait()
+    assert time.monotonic() - began < 1.0
+
+
 def test_close_is_not_undone_by_input_that_nobody_reads(serve):
     """The peer keeps sending after the server's close: it still gets everything, and no reset in its stead."""
     def on_packet(session, packet):

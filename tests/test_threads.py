@@ -213,12 +213,14 @@ def test_timers_of_many_threads(harness, threads):
 @threads_of_the_queue
 @pytest.mark.parametrize("end", ["close", "abort"])
 def test_ends_of_many_threads_against_sends(serve, threads, end):
-    """Whatever meets: on_disconnect once, each on_sent once after a True, none after a False, True before False."""
+    """Whatever meets: each on_sent once after a True, none after a False, True before False, then on_disconnect, once."""
     rounds = 25
-    server = serve(threads=threads, send_limit=1 << 28)
+    server = serve(threads=threads, send_limit=1 << 28,
+                   on_disconnect=lambda session, reason, error: session.data.add("disconnect"))
     for _ in range(rounds):
         client, session = server.pair()
         queued, called = Log(), Log()
+        session.data = called
         crowd = Crowd()
 
         def send(sender, session=session, queued=queued, called=called):
@@ -244,8 +246,9 @@ def test_ends_of_many_threads_against_sends(serve, threads, end):
         crowd.add(finish)
         crowd.add(read)
         crowd.start().join()
-        eventually(lambda: len(called) >= len(queued))
+        called.wait(len(queued) + 1)
         eventually(lambda: session not in server.communicator.sessions)
+        assert called.items.pop() == "disconnect"
         assert sorted(key for key, _ in called.items) == sorted(queued.items)
         results = [ok for _, ok in called.items]
         assert results == sorted(results, reverse=True)
@@ -262,7 +265,6 @@ def test_connections_come_and_go_while_all_is_used(serve, threads):
     """Stale handles, broadcasts, closes and posts at once: no echo goes to the wrong client, no slot is lost."""
     server = serve(threads=threads, max_clients=8)
     done = threading.Event()
-    old = []
     lock = threading.Lock()
 
     def come_and_go(number):
@@ -278,9 +280,6 @@ def test_connections_come_and_go_while_all_is_used(serve, threads):
                         if got != b"broadcast":
                             break
                     assert got == own
-                with lock:
-                    old.extend(list(server.communicator.sessions))
-                    del old[:-20]
                 client.close()
         finally:
             with lock:
@@ -290,9 +289,7 @@ def test_connections_come_and_go_while_all_is_used(serve, threads):
 
     def annoy():
         while not done.is_set():
-            with lock:
-                stale = [session for session in old if not session.connected]
-            for session in stale:
+            for session, _, _ in server.ended.items[-20:]:
                 assert session.send(b"stale") is False
                 session.close()
                 session.abort()
@@ -405,6 +402,7 @@ def test_stop_while_everybody_sends_and_connects(serve, threads):
                     pass
             except OSError:
                 pass
+            client.close()
 
         def dial(server=server, target=target, stopped=stopped):
             while not stopped.is_set():
