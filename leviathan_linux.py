@@ -44,6 +44,7 @@ import select
 import socket
 import stat
 import struct
+import sys
 import termios
 import threading
 from collections import deque
@@ -83,6 +84,9 @@ ACCEPT_AGAIN = frozenset(getattr(errno, name) for name in (
     "ENETUNREACH", "EPERM") if hasattr(errno, name))
 # accept(2): the process or the machine is short of something. Go on serving, accept later.
 ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+# PyPy's recv_into takes a ctypes array, and its memoryview, but no slice of that: there it is received and then copied.
+SLICES = sys.implementation.name != "pypy"
 
 FOREVER = float("inf")
 
@@ -167,11 +171,11 @@ def _tune(sock: socket.socket, family: int) -> None:
 
 
 def _unacknowledged(sock: socket.socket) -> int:
-    """Bytes the peer's kernel has not confirmed yet (SIOCOUTQ, tcp(7)); 1 where the system cannot tell."""
+    """Bytes the peer's kernel has not confirmed yet (SIOCOUTQ, tcp(7)), a FIN being one; 2 where the system cannot tell."""
     try:
         return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
     except (OSError, AttributeError):
-        return 1
+        return 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -866,7 +870,13 @@ class Worker:
         """One receive: into the session's RecvBuf behind what is there, or into the scratch buffer."""
         partial = session.partial
         try:
-            count = session.socket.recv_into(self.scratch if partial is None else session.room)
+            if partial is None:
+                count = session.socket.recv_into(self.scratch)
+            elif SLICES:
+                count = session.socket.recv_into(session.room)
+            else:
+                count = session.socket.recv_into(self.scratch, min(len(session.room), SCRATCH))
+                session.room[:count] = self.scratch[:count]
         except OSError as error:
             self._receive_failed(session, error)
             return
@@ -918,7 +928,7 @@ class Worker:
             session.posted -= size
         if session.is_ended():
             if on_sent is not None:
-                self.core.on_sent(session, on_sent, False)
+                session.mark(on_sent)       # told False, behind those whose bytes have left
             return
         self._append(session, chunks, size, on_sent)
 
@@ -1139,13 +1149,22 @@ class Worker:
             return
         if not session.move("sent"):
             return
-        waits = _unacknowledged(session.socket)     # before the FIN, which would count as a byte
+        waits = _unacknowledged(session.socket) > session.fin       # a FIN counts as a byte
         if self._send_fin(session) and not session.eof and self._discard(session) and waits:
-            if session.deadline is not None:
-                session.deadline.cancel()
-            session.deadline = self.engine.call_later(LINGER, 0, self.post, self._closed, session)
+            self._linger(session, 0.01, LINGER)
         elif not session.is_gone():
             self.post(self._closed, session)        # behind the on_sent that are in the mail
+
+    def _linger(self, session: Any, pause: float, left: float) -> None:
+        """Look again, after 10, 20, 40 ... ms, whether the peer's kernel has all; a delayed ACK takes 40 ms."""
+        if session.is_gone():
+            return
+        if left <= 0 or _unacknowledged(session.socket) <= 1:
+            self.post(self._closed, session)
+            return
+        if session.deadline is not None:
+            session.deadline.cancel()
+        session.deadline = self.engine.call_later(pause, 0, self.post, self._linger, session, 2 * pause, left - pause)
 
     def _send_fin(self, session: Any) -> bool:
         try:
