@@ -71,6 +71,7 @@ MAX_EVENTS = 512        # per poll
 ACCEPT_BUDGET = 100     # accepts per readiness, so that one listener starves nobody (RULES: epoll 1)
 EVENT_BUDGET = 64       # posted events per turn, for the same reason
 JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joining them would copy them
+JOIN_MEAN = 4096        # unless its chunks are smaller than this on average: 64 of those would be a short send
 GATHER_MAX = 64         # chunks per sendmsg; IOV_MAX is 1024 on Linux, 16 by POSIX
 DISCARD_BUDGET = 16     # reads of a closing session's input per readiness
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
@@ -83,7 +84,7 @@ ACCEPT_AGAIN = frozenset(getattr(errno, name) for name in (
     "ECONNABORTED", "EINTR", "EPROTO", "ENETDOWN", "ENOPROTOOPT", "EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP",
     "ENETUNREACH", "EPERM") if hasattr(errno, name))
 # accept(2): the process or the machine is short of something. Go on serving, accept later.
-ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC))
 
 # PyPy's recv_into takes a ctypes array, and its memoryview, but no slice of that: there it is received and then copied.
 SLICES = sys.implementation.name != "pypy"
@@ -533,7 +534,10 @@ class Worker:
         self.ident = threading.get_ident()
         try:
             while not self._finished():
-                self._turn()
+                try:
+                    self._turn()
+                except BaseException as error:
+                    self.core.on_failed(self._turn, error)      # it must not end the thread and with it all sessions
         finally:
             self._end()
 
@@ -714,8 +718,12 @@ class Worker:
             return
         fd = listener.socket.fileno()
         if fd not in self.others:
+            try:
+                self.poller.register(fd, READ)
+            except OSError as error:
+                self._accept_failed(listener, error)
+                return
             self.others[fd] = functools.partial(self._accept, listener)
-            self.poller.register(fd, READ)
 
     def _disarm_listener(self, listener: Any) -> None:
         fd = listener.socket.fileno()
@@ -733,7 +741,7 @@ class Worker:
             except OSError as error:
                 self.core.release(listener)
                 if isinstance(error, BlockingIOError):
-                    return
+                    return                  # nobody is waiting
                 if error.errno in ACCEPT_AGAIN:
                     continue
                 self._accept_failed(listener, error)
@@ -805,11 +813,13 @@ class Worker:
         fd = sock.fileno()
         self.owned[fd] = session
         self.others[fd] = functools.partial(self._dialled, session)
-        session.interest = WRITE
-        self.poller.register(fd, WRITE)
+        self._watch(session, WRITE)
 
     def _dialled(self, session: Any, mask: int) -> None:
-        code = session.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            code = session.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            code = error.errno
         if code:
             session.fail(OSError(code, os.strerror(code)))
             self._closed(session)
@@ -845,15 +855,24 @@ class Worker:
         else:
             self.others.pop(fd, None)
             self.streams[fd] = session
+        self._watch(session, interest)
+
+    def _watch(self, session: Any, interest: int) -> None:
+        """Have the poller watch for *interest*; a session that cannot be watched is closed."""
         if interest == session.interest:
             return
-        if not interest:
-            self.poller.unregister(fd)      # with an interest of 0 the kernel would still report HUP, for ever
-        elif not session.interest:
-            self.poller.register(fd, interest)
+        fd = session.socket.fileno()
+        try:
+            if not interest:
+                self.poller.unregister(fd)  # with an interest of 0 the kernel would still report HUP, for ever
+            elif not session.interest:
+                self.poller.register(fd, interest)
+            else:
+                self.poller.modify(fd, interest)
+        except OSError as error:            # ENOSPC: the user's limit of watches; ENOMEM
+            self.close_session(session, False, None, error)
         else:
-            self.poller.modify(fd, interest)
-        session.interest = interest
+            session.interest = interest
 
     def session_ready(self, session: Any, mask: int) -> None:
         """The general form of what the hot loop does for the common case."""
@@ -884,10 +903,10 @@ class Worker:
             self.core.on_eof(session)
         else:
             session.last = self.now
+            self.received += count
             if partial is None:
                 session.received(session, self.scratch, count)
             else:
-                self.received += count
                 session.filled += count
                 if session.filled < session.need:
                     session.room = session.room[count:]     # the packet's length is known, and more of it is to come
@@ -979,7 +998,7 @@ class Worker:
     def _send_now(self, session: Any) -> None:
         """One send of everything that is queued. Nothing is outstanding."""
         out = session.out
-        if session.unsent > JOIN_MAX:
+        if session.unsent > JOIN_MAX and session.unsent > JOIN_MEAN * len(out):
             self._send_gather(session)
             return
         data = out[0] if len(out) == 1 else b"".join(out)
@@ -1010,7 +1029,7 @@ class Worker:
         out = session.out
         try:
             sent = session.socket.sendmsg(out[:GATHER_MAX])
-        except BlockingIOError:
+        except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
             self.close_session(session, False, None, error)
@@ -1057,7 +1076,7 @@ class Worker:
         operation = session.sending
         try:
             sent = session.socket.send(operation.rest())
-        except BlockingIOError:
+        except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close_session(session, False, None, error)
@@ -1123,16 +1142,7 @@ class Worker:
         if fd not in self.owned:
             return
         self.others[fd] = functools.partial(self.session_ready, session)
-        interest = (0 if session.eof else READ) | (WRITE if session.sending is not None else 0)
-        if interest == session.interest:
-            return
-        if not interest:
-            self.poller.unregister(fd)
-        elif not session.interest:
-            self.poller.register(fd, interest)
-        else:
-            self.poller.modify(fd, interest)
-        session.interest = interest
+        self._watch(session, (0 if session.eof else READ) | (WRITE if session.sending is not None else 0))
 
     def _drained(self, session: Any) -> None:
         """If all is with the kernel: say so to the peer, and close when it has taken it, has closed too, or LINGER is over."""
@@ -1179,7 +1189,7 @@ class Worker:
             try:
                 if session.socket.recv_into(self.scratch):
                     continue
-            except BlockingIOError:
+            except (BlockingIOError, InterruptedError):
                 return True
             except OSError as error:
                 self.post(self._closed, session, error)

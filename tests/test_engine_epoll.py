@@ -263,7 +263,7 @@ class TestEpoll(EngineContract):
         for _ in range(3):
             _, session, client = self.pair(lambda session, packet: session.send(packet), queue=self.queue(2))
             client.close()
-            self.record.wait(lambda: self.record.count("on_closed") == self.record.count("connect"))
+            self.record.wait_for("on_closed", target=session)
             session.communicator.queue.stop()
             for listener in session.communicator.listeners:
                 assert listener.socket.fileno() == -1

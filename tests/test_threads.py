@@ -429,3 +429,23 @@ def test_stop_while_everybody_sends_and_connects(serve, threads):
         target.stop()
         assert leviathan.Reason.SHUTDOWN in {reason for _, reason, _ in server.ended.items}
         assert len(server.connected) == len(server.ended)
+
+
+@threads_of_the_queue
+def test_a_later_send_of_the_owner_does_not_overtake_a_foreign_one(serve, threads):
+    """A7: in order, whichever threads queued; here the foreign send has returned before the handler sends."""
+    inside, sent = threading.Event(), threading.Event()
+
+    def on_packet(session, packet):
+        inside.set()
+        assert sent.wait(DEADLINE)
+        session.send(b"second")
+        session.send(b"third", on_sent=lambda session, ok: None)
+
+    server = serve(on_packet=on_packet, threads=threads)
+    client, session = server.pair()
+    client.sendall(frame(b"x"))
+    assert inside.wait(DEADLINE)
+    assert session.send(b"first")
+    sent.set()
+    assert [read_frame(client) for _ in range(3)] == [b"first", b"second", b"third"]
