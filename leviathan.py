@@ -1002,8 +1002,7 @@ class Session(Channel):
             self.worker.post(_Core.on_sent, self, marks.queue.popleft()[1], True)
         if not marks.queue:
             self.marks = None
-            if self.state is State.OPEN and self.sending is None and not self.fin:
-                self.thread = self.worker.ident
+            self.worker.restore(self)
 
     def congested(self) -> None:
         """More is unsent than the high-water mark: receive no more until the peer has taken some of it."""

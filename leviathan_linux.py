@@ -334,7 +334,7 @@ class Engine:
         *on_sent* ends in core.on_sent(session, on_sent, ok), once.
         """
         worker = session.worker
-        if threading.get_ident() == worker.ident:
+        if threading.get_ident() == worker.ident and not session.posted:
             return bool(worker.enqueue(session, chunks, on_sent))
         return bool(worker.enqueue_foreign(session, chunks, on_sent))
 
@@ -517,6 +517,7 @@ class Worker:
                 self._signal()
                 return False
             session.posted += size
+            session.thread = 0              # what the owner sends from now on must not overtake this
             self.mail.append((self._enqueue_posted, (session, chunks, size, on_sent)))
             self._signal()
         return True
@@ -950,6 +951,14 @@ class Worker:
                 session.mark(on_sent)       # told False, behind those whose bytes have left
             return
         self._append(session, chunks, size, on_sent)
+        self.restore(session)
+
+    def restore(self, session: Any) -> None:
+        """Let handlers send by the fast path of Session.send again, if nothing stands against it any more."""
+        with self.lock:
+            if session.is_open() and not session.fin and not session.posted and session.sending is None and \
+                    session.marks is None:
+                session.thread = self.ident
 
     def _append(self, session: Any, chunks: Tuple[bytes, ...], size: int,
                 on_sent: Optional[Callable[..., Any]]) -> None:
@@ -1097,8 +1106,8 @@ class Worker:
             self._rearm_sending(session)
             if not session.is_open() or session.fin:
                 self.post(self._drained, session)
-            elif session.marks is None:
-                session.thread = self.ident
+            else:
+                self.restore(session)
         if session.unsent <= session.low_water:
             session.relieved()
 

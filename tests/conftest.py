@@ -1,4 +1,4 @@
-"""What the tests share: servers on free ports, sockets with timeouts, and the proof after each test that nothing leaked."""
+"""What the tests share: servers on free ports, sockets with timeouts, and a proof after each that nothing leaked."""
 import os
 import socket
 import struct

@@ -121,9 +121,10 @@ def test_echo_client(tmp_path):
 def test_chat_server(tmp_path):
     with example(tmp_path, "chat_server.py", "--port", 0) as server:
         with server.client() as ann, server.client() as bob:
+            assert lines_of(bob, 1) == [b"your name?"]      # he is in, so he will hear of her
             ann.sendall(b"ann\r\n")
             assert lines_of(ann, 2)[0] == b"your name?"
-            assert lines_of(bob, 2)[1].startswith(b"* ann is here")
+            assert lines_of(bob, 1)[0].startswith(b"* ann is here")
             bob.sendall(b"bob\nhello\n")
             assert lines_of(ann, 2) == [b"* bob is here, 2 in the room", b"<bob> hello"]
             bob.sendall(b"/quit\n")

@@ -15,10 +15,6 @@ def plain_parse(view):
     return view[0] if len(view) else 0
 
 
-def total_framing(size, byteorder, offset, adjust, strip):
-    return LengthPrefix(size, byteorder=byteorder, offset=offset, adjust=adjust, strip=strip)
-
-
 def build(framing, content):
     """The stream's bytes for *content*, made without the framing's own encode."""
     if isinstance(framing, LengthPrefix):
@@ -35,8 +31,8 @@ def build(framing, content):
 
 def contents_for(framing):
     if isinstance(framing, Delimited):
-        return [content.replace(b"\n", b"").replace(b"\r", b"") for content in CONTENTS] + [b"a\rb" if framing.delimiter
-                                                                                           == b"\r\n" else b"ab"]
+        odd = b"a\rb" if framing.delimiter == b"\r\n" else b"ab"
+        return [content.replace(b"\n", b"").replace(b"\r", b"") for content in CONTENTS] + [odd]
     if isinstance(framing, FixedSize):
         return [bytes([65 + index]) * framing.size for index in range(6)]
     if isinstance(framing, LengthPrefix) and framing.adjust > 0:
@@ -61,7 +57,8 @@ for _adjust in (-4, -1, 1):
         FRAMINGS["prefix4-adjust%d-%s" % (_adjust, "strip" if _strip else "whole")] = LengthPrefix(
             4, adjust=_adjust, strip=_strip)
 FRAMINGS["prefix2-offset3-whole"] = LengthPrefix(2, offset=3, strip=False)
-FRAMINGS["prefix2-little-offset5-adjust-7-whole"] = LengthPrefix(2, byteorder="little", offset=5, adjust=-7, strip=False)
+FRAMINGS["prefix2-little-offset5-adjust-7-whole"] = LengthPrefix(
+    2, byteorder="little", offset=5, adjust=-7, strip=False)
 for _strip in (True, False):
     _name = "strip" if _strip else "whole"
     FRAMINGS["text-comma-" + _name] = TextLength(b",", strip=_strip)

@@ -1,4 +1,4 @@
-"""Limits: connections, descriptors, time, unsent bytes, memory (A2, B4, RULES "epoll" 4, "Servers in general" 1 to 3)."""
+"""Limits: connections, descriptors, time, unsent bytes, memory (A2, B4; RULES: epoll 4, servers 1 to 3)."""
 import os
 import socket
 import struct
@@ -10,7 +10,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, Log, connect, eventually, frame, read_exactly, read_frame, read_to_end
+from conftest import DEADLINE, Log, eventually, frame, read_exactly, read_frame, read_to_end
 from leviathan import Delimited, LengthPrefix, Reason, TextLength
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,4 +1,4 @@
-"""Many threads at once on one and on three event threads (A7, I3, I4, E2): nothing lost, nothing twice, all in order."""
+"""Many threads at once on one and on three event threads (A7, I3, I4, E2): nothing lost or twice, all in order."""
 import random
 import struct
 import sys
@@ -213,7 +213,7 @@ def test_timers_of_many_threads(harness, threads):
 @threads_of_the_queue
 @pytest.mark.parametrize("end", ["close", "abort"])
 def test_ends_of_many_threads_against_sends(serve, threads, end):
-    """Whatever meets: each on_sent once after a True, none after a False, True before False, then on_disconnect, once."""
+    """Each on_sent once after a True, none after a False, True before False, then on_disconnect, once."""
     rounds = 25
     server = serve(threads=threads, send_limit=1 << 28,
                    on_disconnect=lambda session, reason, error: session.data.add("disconnect"))
