@@ -2196,11 +2196,17 @@ def _row_section(section: str) -> str:
     return "HEADER_n" if section == "HEADER" else section
 
 
+def _without_comment(value: str) -> str:
+    """A value without a comment behind it. `#` alone is a value: an end character may be that."""
+    if value.startswith("# "):
+        return ""
+    return value.split(" #")[0].split("\t#")[0].strip()
+
+
 def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
     """Read and check a file (or *text*). Sections of other programs are left alone. Raises ConfigError, OSError."""
     import configparser
-    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, inline_comment_prefixes=("#",),
-                                          delimiters=("=",))
+    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, delimiters=("=",))
     try:
         if text is None:
             with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -2216,18 +2222,19 @@ def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
         rows = {row.key.upper(): row for row in _SETTINGS if row.section == _row_section(section)}
         values = ini.sections.setdefault((section, number), {})
         for key, value in parser.items(name):
+            value = _without_comment(value or "")
             row = rows.get(key.upper())
             if row is None:
                 import difflib
                 near = difflib.get_close_matches(key.upper(), list(rows), 1, 0.5)
                 raise ConfigError("there is no such key" + (", did you mean %s?" % rows[near[0]].key if near else ""),
-                                  file=path, section=name, key=key.upper(), value=value or "",
+                                  file=path, section=name, key=key.upper(), value=value,
                                   allowed=", ".join(sorted(row.key for row in rows.values())))
-            ini.texts[section, number, row.key] = (name, value or "")
+            ini.texts[section, number, row.key] = (name, value)
             if not value:
                 continue                    # written, and left empty: the default
             try:
-                values[row.key] = row.cast(value.strip())
+                values[row.key] = row.cast(value)
             except _Wrong as error:
                 raise ini.wrong(section, number, row.key, "this cannot be used", str(error)) from error
     return ini

@@ -582,10 +582,12 @@ class Worker:
                 else:
                     self.core.on_eof(session)
                 if dirty:
-                    # Nearly always it is one reply to this very session. Two calls less are 0.1 of 4.9 us.
+                    # Nearly always these are replies to this very session. Two calls less are 0.1 of 4.9 us. What is
+                    # large has left already (see _append), so joining copies little.
                     out = session.out
-                    if len(dirty) == 1 and len(out) == 1 and session.thread:
-                        data = out.pop()
+                    if out and session.thread and len(dirty) == 1:
+                        data = out[0] if len(out) == 1 else b"".join(out)
+                        out.clear()
                         dirty.clear()
                         try:
                             count = session.socket.send(data)
@@ -621,8 +623,9 @@ class Worker:
             self._turn_stopping()
 
     def _turn_stopping(self) -> None:
-        """While the thread is ending: events as they come, without waiting long for any."""
-        for fd, mask in self.poller.poll(0.0 if self.mail else 0.01, MAX_EVENTS):
+        """While the thread is ending: events as they come. It waits only for peers that are still to answer."""
+        waits = self.sessions and not self.mail and not self.doomed
+        for fd, mask in self.poller.poll(0.01 if waits else 0.0, MAX_EVENTS):
             session = self.streams.get(fd)
             if session is not None:
                 self.session_ready(session, mask)

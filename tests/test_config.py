@@ -1,0 +1,201 @@
+"""The INI file: MISSION's names unchanged, both spellings, what is allowed, and what a wrong value says."""
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import leviathan
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+
+# As a hand-written file of the original would look: other programs' sections, comments, spaces around =.
+ORIGINAL = """\
+# made by hand
+[LOG]
+LEVEL
+path = %TEMP%\\x.log
+[PROGRAM]
+NAME = a = b ; c
+[SESSION]
+SESSION_MAX = 123      # sessions
+RECV_BUF_SIZE=4k
+NR_SEND_SOCKETDATA = 2
+[MPOOL]
+IDX_BUF_4 = 1
+IDX_BUF_512=3
+IDX_BUF_1k = 2
+IDX_BUF_2m = 1
+[IOCP]
+COUNT = 2
+[IOCP_0]
+THR_COUNT = 1
+[IOCP_1]
+THR_COUNT = 2
+[HEADER]
+SIZE_END_CHAR=,
+[COMUNICATOR]
+COUNT = 2
+[COMUNICATOR_0]
+IOCP_IDX = 0
+CLIENT_SESSION_MAX = 7
+[COMUNICATOR_1]
+IOCP_IDX = 1
+CLIENT_SESSION_MAX = 0
+"""
+
+
+def build(tmp_path, text, handlers=None):
+    path = tmp_path / "x.ini"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return leviathan.CommunicatorList.from_ini(path, handlers)
+
+
+def wrong(tmp_path, text):
+    with pytest.raises(leviathan.ConfigError) as caught:
+        build(tmp_path, text)
+    return caught.value
+
+
+def test_an_original_file_works_unchanged(tmp_path):
+    # B4, H2 and the configuration section of the mission.
+    servers = build(tmp_path, ORIGINAL, {0: leviathan.echo})
+    first, second = servers
+    counts = first.manager.statistics()
+    assert (first.manager.max_sessions, first.manager.recv_buffer) == (123, 4096)
+    assert {size: row["free"] for size, row in counts["classes"].items()} == {4: 1, 512: 3, 1024: 2, 2 << 20: 1}
+    assert (first.queue.threads, second.queue.threads) == (1, 2)
+    assert (first.max_clients, second.max_clients) == (7, 0)
+    assert isinstance(first.framing, leviathan.TextLength) and first.framing.end == b","
+    assert servers.by_number == {0: first, 1: second}
+    with pytest.raises(ValueError):
+        second.listen(0)                    # CLIENT_SESSION_MAX=0: no clients
+    servers.stop(0)
+
+
+@pytest.mark.parametrize("ours, same", [("COMUNICATOR", "COMMUNICATOR"), ("[IOCP", "[QUEUE"), ("[SESSION]", "[session]"),
+                                        ("SESSION_MAX", "session_max")])
+def test_other_spellings_are_the_same(tmp_path, ours, same):
+    servers = build(tmp_path, ORIGINAL.replace(ours, same), {0: leviathan.echo})
+    assert len(servers) == 2 and servers[1].queue.threads == 2 and servers[0].manager.max_sessions == 123
+    servers.stop(0)
+
+
+def test_a_byte_order_mark_and_foreign_bytes_in_comments_do_no_harm(tmp_path):
+    servers = build(tmp_path, b"\xef\xbb\xbf# \xbc\xad\xb9\xf6\n" + ORIGINAL.encode(), {0: leviathan.echo})
+    assert len(servers) == 2
+    servers.stop(0)
+
+
+@pytest.mark.parametrize("header, kind, check", [
+    ("SIZE_BYTES = 2\nBYTE_ORDER = little", leviathan.LengthPrefix, lambda f: (f.size, f.byteorder) == (2, "little")),
+    ("TYPE = number\nSIZE_BYTES = 3", leviathan.LengthPrefix, lambda f: f.size == 3),
+    ("TYPE = text\nSIZE_END_CHAR = :", leviathan.TextLength, lambda f: f.end == b":"),
+    ("TYPE = text\nSIZE_END_CHAR = #", leviathan.TextLength, lambda f: f.end == b"#"),
+    ("TYPE = delimiter\nDELIMITER = \\n", leviathan.Delimited, lambda f: f.delimiter == b"\n"),
+    ("TYPE = delimiter\nDELIMITER = \\x00\\xff\nMAX_PACKET = 1k", leviathan.Delimited,
+     lambda f: (f.delimiter, f.max_packet) == (b"\0\xff", 1024)),
+    ("TYPE = fixed\nSIZE_BYTES = 100", leviathan.FixedSize, lambda f: f.size == 100),
+    ("TYPE = raw", leviathan.Raw, lambda f: True),
+    ("TYPE = function\nFUNCTION = builtins:len", leviathan.Function, lambda f: f.function is len),
+])
+def test_every_type_of_header(tmp_path, header, kind, check):
+    # H1, H2, H4
+    servers = build(tmp_path, "[HEADER_3]\n%s\n[COMUNICATOR_0]\nHEADER = header_3\nHANDLER = leviathan:echo\n" % header)
+    framing = servers[0].framing
+    assert type(framing) is kind and check(framing)
+    servers.stop(0)
+
+
+def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
+    servers = build(tmp_path, "[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0, [::1]:0, unix:%s\nHANDLER = leviathan:echo\n"
+                              "ACCEPT_IDX = 1\nIOCP_IDX = 0\n[IOCP]\nCOUNT = 2\n" % (tmp_path / "s"))
+    listeners = [listener for communicator in servers for listener in communicator.listeners]
+    assert len(listeners) == 3 and len({communicator.queue for communicator in servers}) == 2
+    servers.start()
+    try:
+        for listener in listeners:
+            family = socket.AF_UNIX if listener.unix else socket.AF_INET6 if ":" in listener.address[0] else socket.AF_INET
+            with socket.socket(family) as client:
+                client.settimeout(5)
+                client.connect(listener.address)
+                client.sendall(b"\0\0\0\2ab")
+                assert client.makefile("rb").read(6) == b"\0\0\0\2ab"
+    finally:
+        assert servers.stop()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[SESSION]\nSESSION_MAX = many\n", ["x.ini", "[SESSION]", "SESSION_MAX=many", "whole number from 1"]),
+    ("[SESSION]\nSESSION_MAX = 0\n", ["SESSION_MAX=0", "from 1"]),
+    ("[SESSION]\nSESSION_MAX = 1_0\n", ["SESSION_MAX=1_0"]),
+    ("[SESSION]\nRECV_BUF_SIZE = 4q\n", ["RECV_BUF_SIZE=4q", "4k"]),
+    ("[SESSION]\nSESSIN_MAX = 4\n", ["SESSIN_MAX", "did you mean SESSION_MAX"]),
+    ("[MPOOL]\nIDX_BUF_3 = 4\n", ["IDX_BUF_3", "IDX_BUF_2m"]),
+    ("[IOCP_0]\nTHR_COUNT = -1\n", ["[IOCP_0]", "THR_COUNT=-1"]),
+    ("[HEADER]\nTYPE = netstring\n[COMUNICATOR_0]\n", ["TYPE=netstring", "number, text, delimiter"]),
+    ("[HEADER]\nSIZE_BYTES = 9\n[COMUNICATOR_0]\n", ["[HEADER]", "SIZE_BYTES=9", "1 to 8"]),
+    ("[HEADER]\nSIZE_END_CHAR = 5\n[COMUNICATOR_0]\n", ["SIZE_END_CHAR=5", "no digit"]),
+    ("[HEADER]\nTYPE = function\n[COMUNICATOR_0]\n", ["FUNCTION", "module:function"]),
+    ("[COMUNICATOR_0]\nHANDLER = nowhere:nothing\n", ["HANDLER=nowhere:nothing", "nowhere"]),
+    ("[COMUNICATOR_0]\nHANDLER = leviathan:__version__\n", ["HANDLER", "no function"]),
+    ("[COMUNICATOR_0]\nLISTEN = 127.0.0.1:99999\n", ["LISTEN=127.0.0.1:99999", "0 to 65535"]),
+    ("[COMUNICATOR_0]\nLISTEN = ::1:5\n", ["LISTEN", "[IPv6 address]:port"]),
+    ("[COMUNICATOR_0]\nLISTEN = 1\nCLIENT_SESSION_MAX = 0\n", ["CLIENT_SESSION_MAX=0", "LISTEN"]),
+    ("[COMUNICATOR_0]\nIOCP_IDX = 5\n", ["IOCP_IDX=5", "no queue"]),
+    ("[COMUNICATOR_0]\nHEADER = HEADER_2\n", ["HEADER=HEADER_2", "no such section"]),
+    ("[COMUNICATOR_0]\nIDLE_TIMEOUT = -3\n", ["IDLE_TIMEOUT=-3", "seconds"]),
+    ("[COMUNICATOR]\nCOUNT = 2\n[COMUNICATOR_0]\n", ["COUNT=2", "only 1"]),
+])
+def test_a_wrong_value_says_file_section_key_value_and_what_is_allowed(tmp_path, text, words):
+    error = wrong(tmp_path, text)
+    for word in words:
+        assert word in str(error), str(error)
+    assert "\n" not in str(error) and error.section and error.key
+
+
+def test_no_section_at_all_is_one_line(tmp_path):
+    assert "\n" not in str(wrong(tmp_path, "SESSION_MAX = 4\n"))
+
+
+def test_a_missing_handler_ends_the_session_and_says_so(tmp_path, caplog):
+    servers = build(tmp_path, "[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0\n")
+    servers.start()
+    try:
+        with socket.create_connection(servers[0].listeners[0].address, 5) as client:
+            client.sendall(b"\0\0\0\1a")
+            try:
+                assert client.recv(1) == b""
+            except ConnectionResetError:
+                pass                        # aborted: either is an end
+    finally:
+        servers.stop()
+    assert any("HANDLER" in str(record.exc_info and record.exc_info[1]) for record in caplog.records)
+
+
+def test_the_printed_default_is_right_and_has_every_setting(tmp_path):
+    text = leviathan._default_ini()
+    for row in leviathan._SETTINGS:
+        assert re.search(r"^(# )?%s = " % row.key, text, re.M), row.key
+    # Also with every default written out, instead of left in a comment.
+    for variant in (text, re.sub(r"^# (\w+ = .+)$", r"\1", text, flags=re.M)):
+        servers = build(tmp_path, variant.replace(":7878", ":0"))
+        assert len(servers) == 1
+        servers.stop(0)
+
+
+def test_the_reference_in_docs_is_made_from_the_table():
+    with open(os.path.join(ROOT, "docs", "ini.md"), encoding="utf-8") as file:
+        assert file.read() == leviathan._ini_reference(), "run: python leviathan.py config --markdown > docs/ini.md"
+
+
+def test_serve_with_a_wrong_file_is_one_line_and_status_2(tmp_path):
+    path = tmp_path / "bad.ini"
+    path.write_text("[SESSION]\nSESSION_MAX = no\n")
+    for arguments in (["serve", str(path)], ["serve", str(tmp_path / "none.ini")], ["serve", "--check", str(path)]):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "leviathan.py")] + arguments, timeout=30,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert done.stderr.startswith("leviathan: ") and ".ini" in done.stderr
