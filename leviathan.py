@@ -174,7 +174,9 @@ class Framing:
     """
 
     max_packet = MAX_PACKET     # bytes of the longest packet allowed, with all that the framing adds to it
-    headers: Sequence[bytes] = ()       # the headers of short packets by length: the fast path of Session.send
+    # The fast path of Session.send: the headers of short packets by length, and what makes those up to SEND_INLINE.
+    headers: Sequence[bytes] = ()
+    pack: Optional[Callable[[int], bytes]] = None
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
         """The whole length in bytes of the packet that begins at *start*; 0 when that is not known yet.
@@ -277,7 +279,9 @@ class LengthPrefix(Framing):
         self.max_packet = _check_max(max_packet, self.header)
         code = {1: "B", 2: "H", 4: "I", 8: "Q"}.get(size)
         self._struct = struct.Struct((">" if byteorder == "big" else "<") + code) if code else None
-        self.headers = _short_headers(size, byteorder) if strip and not adjust else ()
+        if strip and not adjust:
+            self.headers = _short_headers(size, byteorder)
+            self.pack = self._struct.pack if self._struct is not None and size > 1 else None
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
         """See Framing.parse."""
@@ -868,6 +872,8 @@ class Session(Channel):
             headers = self.headers
             if size < len(headers):
                 data = headers[size] + packet
+            elif size < SEND_INLINE and self.communicator.framing.pack is not None:
+                data = self.communicator.framing.pack(size) + packet
             else:
                 chunks = self._encode(packet)
                 if len(chunks) > 1 or len(chunks[0]) > SEND_INLINE:
