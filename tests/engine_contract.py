@@ -898,7 +898,8 @@ class EngineContract:
         ours.queue.stop()
         session = self.new_session(ours)
         ours.queue._made.connect(session, socket.AF_INET, ("127.0.0.1", 9), None)
-        assert self.record.count("on_closed", session) == 1, "the session has been forgotten, its slot is lost"
+        self.record.wait_for("on_closed", target=session)       # else it is forgotten, and its slot is lost
+        self.record.wait(lambda: self.manager.statistics()["sessions"] == 0)
 
     def test_a_session_that_is_aborted_while_it_connects(self):
         _, listener = self.serve()
