@@ -1155,7 +1155,7 @@ class _Core:
             address = (sys.intern(address[0]),) + address[1:2]      # one string for all connections from a host
         session = Session(communicator, listener.reserved, Kind.CLIENT, address or listener.address)
         communicator.sessions._add(session)
-        communicator.queue.engine.attach(session, sock, listener.thread if communicator is listener.communicator else None)
+        communicator.queue.engine.attach(session, sock, listener.client_thread)
 
     @staticmethod
     def on_connected(session: Session) -> None:
@@ -1391,8 +1391,9 @@ class Listener:
 
     kind = Kind.LISTEN
 
-    def __init__(self, communicator: Communicator, serve: Communicator, thread: Optional[int], unix: str) -> None:
-        self.communicator, self.serve, self.thread, self.unix = communicator, serve, thread, unix
+    def __init__(self, communicator: Communicator, serve: Communicator, client_thread: Optional[int],
+                 unix: str) -> None:
+        self.communicator, self.serve, self.client_thread, self.unix = communicator, serve, client_thread, unix
         self.socket: Any = None             # the engine's, as are worker, pause and closed
         self.worker: Any = None
         self.pause = 0.1
@@ -1468,17 +1469,21 @@ class Communicator:
     # -- any thread -----------------------------------------------------------------------------------------------
 
     def listen(self, port: int = 0, host: str = DEFAULT_HOST, *, unix: str = "", backlog: int = 1024,
-               thread: Optional[int] = None, serve: Optional[Communicator] = None) -> Listener:
+               thread: Optional[int] = None, client_thread: Optional[int] = None,
+               serve: Optional[Communicator] = None) -> Listener:
         """Listen on *host*:*port*, at once; call it as often as needed (A5). Port 0: the system chooses.
 
         *host*: an IPv4 or IPv6 address or a name; "0.0.0.0" or "::" for all. *unix*: the path of a unix socket instead.
-        *thread*: the worker that accepts (E2). *serve*: another Communicator that gets the sessions (I6).
+        *thread*: the number of the worker that accepts, *client_thread*: of the one that gets the sessions (E2); without it
+        that is *thread*, and without both they go round. *serve*: another Communicator that gets the sessions (I6).
         Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
         """
         serve = serve or self
         if serve.max_clients == 0:
             raise ValueError("max_clients is 0: this Communicator takes no clients")
-        listener = Listener(self, serve, thread, unix)
+        if client_thread is None and serve is self:
+            client_thread = thread
+        listener = Listener(self, serve, client_thread, unix)
         address: Any = unix
         if unix:
             family = getattr(socket, "AF_UNIX")

@@ -1392,3 +1392,17 @@ def test_a_signal_ends_run_and_handlers_are_restored(harness, number):
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def test_listener_and_clients_on_threads_of_their_own_choice(serve):
+    """E2: the listener on one epoll, its clients on another."""
+    names = []
+    server = serve(on_packet=lambda session, packet: session.send(threading.current_thread().name.encode()),
+                   queue=leviathan.EventQueue(threads=3, name="leviathan-pinned"))
+    listener = server.communicator.listen(0, thread=2, client_thread=1)
+    for _ in range(4):
+        with socket.create_connection(listener.address, DEADLINE) as client:
+            client.sendall(frame(b"who?"))
+            names.append(read_frame(client))
+    assert names == [b"leviathan-pinned-1"] * 4
+    assert listener.worker.thread.name == "leviathan-pinned-2"
