@@ -2207,6 +2207,12 @@ def _row_section(section: str) -> str:
     return "HEADER_n" if section == "HEADER" else section
 
 
+def _plain_line(line: str) -> str:
+    """A line as configparser wants it: not indented, which would make it part of the line before; no comment behind a ]."""
+    line = line.strip()
+    return line.split("#")[0] if line.startswith("[") else line
+
+
 def _without_comment(value: str) -> str:
     """A value without a comment behind it. `#` alone is a value: an end character may be that."""
     if value.startswith("# "):
@@ -2222,7 +2228,7 @@ def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
         if text is None:
             with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
                 text = file.read()
-        parser.read_string(text, path)
+        parser.read_string("\n".join(map(_plain_line, text.splitlines())), path)
     except configparser.Error as error:
         raise ConfigError(" ".join(str(error).split()), file=path) from error
     ini = _Ini(path)

@@ -89,6 +89,13 @@ def test_a_byte_order_mark_and_foreign_bytes_in_comments_do_no_harm(tmp_path):
     servers.stop(0)
 
 
+def test_indented_lines_and_comments_behind_a_section_do_no_harm(tmp_path):
+    text = ORIGINAL.replace("]\n", "]    # or [that]\n").replace("\n", "\n    ")
+    servers = build(tmp_path, text, {0: leviathan.echo})
+    assert len(servers) == 2 and servers[1].queue.threads == 2 and servers[0].manager.max_sessions == 123
+    servers.stop(0)
+
+
 @pytest.mark.parametrize("header, kind, check", [
     ("SIZE_BYTES = 2\nBYTE_ORDER = little", leviathan.LengthPrefix, lambda f: (f.size, f.byteorder) == (2, "little")),
     ("TYPE = number\nSIZE_BYTES = 3", leviathan.LengthPrefix, lambda f: f.size == 3),
