@@ -1062,7 +1062,7 @@ def _failed(session: Session, error: BaseException) -> None:
         session.end(True, Reason.PROTOCOL, error)
     else:
         _log().error("a callback failed for %s; closing it", peer, exc_info=error)
-        session.end(False, Reason.ERROR, error)
+        session.end(True, Reason.ERROR, error)          # replies to earlier packets still leave
 
 
 def _keep(session: Session, buffer: Any, start: int, end: int) -> None:

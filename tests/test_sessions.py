@@ -1406,3 +1406,16 @@ def test_listener_and_clients_on_threads_of_their_own_choice(serve):
             names.append(read_frame(client))
     assert names == [b"leviathan-pinned-1"] * 4
     assert listener.worker.thread.name == "leviathan-pinned-2"
+
+
+def test_replies_to_earlier_packets_leave_though_a_later_one_makes_the_handler_raise(serve):
+    """Servers 4: a raising handler costs its session, not the answers that were given before."""
+    def on_packet(session, packet):
+        if packet == b"boom":
+            raise ValueError("on purpose")
+        session.send(packet)
+
+    server = serve(on_packet=on_packet)
+    with socket.create_connection(server.address, DEADLINE) as client:
+        client.sendall(frame(b"one") + frame(b"two") + frame(b"boom") + frame(b"three"))
+        assert read_to_end(client) == frame(b"one") + frame(b"two")
