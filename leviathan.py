@@ -606,6 +606,7 @@ class SessionManager:
         if not 4 <= recv_buffer <= 1 << LARGEST_POOLED:
             raise ValueError("recv_buffer is %r; it must be 4 to %d bytes" % (recv_buffer, 1 << LARGEST_POOLED))
         self.max_sessions, self.recv_buffer, self.memory_limit = max_sessions, recv_buffer, memory_limit
+        self._poison = bool(os.environ.get("LEVIATHAN_DEBUG"))
         self._lock = threading.Lock()       # guards all of the following
         self._free: Dict[int, List[Buffer]] = {power: [] for power in range(SMALLEST_CLASS, LARGEST_POOLED + 1)}
         self._made = dict.fromkeys(_ARRAYS, 0)
@@ -651,6 +652,8 @@ class SessionManager:
         """Return a leased buffer. Who waits for memory is told."""
         if not buffer.pooled:
             return
+        if self._poison:
+            buffer.view[:] = b"\xdd" * buffer.size          # who still reads it reads nonsense, every time
         with self._lock:
             if not self._leased[buffer.power]:
                 raise LeviathanError("a buffer of %d bytes was given back twice" % buffer.size)
@@ -1353,6 +1356,19 @@ def _watched(function: Any) -> Any:
     return watched
 
 
+def _checked(received: Callable[[Session, Any, int], None]) -> Callable[[Session, Any, int], None]:
+    """*received* itself; with LEVIATHAN_DEBUG=1 one that is sure to run on the session's own thread (I3)."""
+    if not os.environ.get("LEVIATHAN_DEBUG"):
+        return received
+
+    def checked(session: Session, buffer: Any, end: int) -> None:
+        if get_ident() != session.worker.ident:
+            raise LeviathanError("%r is handled by a thread that does not own it" % session)
+        received(session, buffer, end)
+
+    return checked
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Communicator
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1460,7 +1476,7 @@ class Communicator:
         self.sessions = ConnectionList()
         self.listeners: List[Listener] = []
         self.connectors: List[Connector] = []
-        self._received = framing.receiver(_watched(on_packet), _keep, _failed)
+        self._received = _checked(framing.receiver(_watched(on_packet), _keep, _failed))
         self._lock = threading.Lock()       # guards listeners, connectors, closing, _sweeper and _full
         self.closing = False
         self._full = False                  # the limit was reported

@@ -314,3 +314,34 @@ def test_bad_usage_is_status_2(tmp_path):
     assert outcome(tmp_path, "nonsense")[0] == 2
     assert outcome(tmp_path, "serve")[0] == 2
     assert outcome(tmp_path, "bundle", tmp_path / "no" / "such" / "directory.py")[0] == 2
+
+
+def test_debug_mode_names_a_slow_handler_and_poisons_returned_buffers(tmp_path):
+    # LEVIATHAN_DEBUG=1 is read when a Communicator or a SessionManager is made.
+    script = tmp_path / "debug.py"
+    script.write_text("""
+import logging, socket, sys, time
+sys.path.insert(0, %r)
+import leviathan
+leviathan.SLOW_HANDLER = 0.001
+logging.basicConfig(stream=sys.stdout, format="%%(message)s")
+def slow_one(session, packet):
+    time.sleep(0.01)
+    session.send(packet)
+server = leviathan.Communicator(leviathan.LengthPrefix(4), slow_one)
+address = server.listen(0).address
+servers = leviathan.CommunicatorList(server)
+servers.start()
+client = socket.create_connection(address)
+client.sendall(bytes([0, 0, 0, 2]) + b"ab")
+assert client.makefile("rb").read(6)[4:] == b"ab"
+servers.stop()
+buffer = server.manager.lease(4)
+view = buffer.view
+server.manager.give_back(buffer)
+assert bytes(view) == b"\\xdd" * 4, bytes(view)
+""" % os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run([sys.executable, str(script)], env=dict(os.environ, LEVIATHAN_DEBUG="1"), timeout=30,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    assert "slow_one took" in done.stdout
