@@ -592,12 +592,12 @@ class Worker:
                         try:
                             count = session.socket.send(data)
                         except OSError as error:
-                            self._send_failed(session, data, error)
+                            self.send_failed(session, data, error)
                             continue
                         sends += 1
                         sent += count
                         if count != len(data):
-                            self._outstanding(session, data, count)
+                            self.outstanding(session, data, count)
                     else:
                         self._flush()
             self.sends += sends
@@ -1018,7 +1018,7 @@ class Worker:
         try:
             sent = session.socket.send(data)
         except OSError as error:
-            self._send_failed(session, data, error)
+            self.send_failed(session, data, error)
             return
         self.sends += 1
         self.sent += sent
@@ -1027,12 +1027,12 @@ class Worker:
             if session.marks is not None:
                 session.progress(sent)
         else:
-            self._outstanding(session, data, sent)
+            self.outstanding(session, data, sent)
 
-    def _send_failed(self, session: Any, data: bytes, error: OSError) -> None:
+    def send_failed(self, session: Any, data: bytes, error: OSError) -> None:
         """Nothing of *data* was taken: the socket's buffer is full, or the peer is gone."""
         if isinstance(error, (BlockingIOError, InterruptedError)):
-            self._outstanding(session, data, 0)
+            self.outstanding(session, data, 0)
         else:
             self.close_session(session, False, None, error)
 
@@ -1063,7 +1063,7 @@ class Worker:
         if first is not None:
             self._begin_send(session, first, left)
 
-    def _outstanding(self, session: Any, data: bytes, sent: int) -> None:
+    def outstanding(self, session: Any, data: bytes, sent: int) -> None:
         """The kernel took *sent* bytes of *data*, which was all that was queued."""
         session.unsent = len(data) - sent
         if sent and session.marks is not None:
