@@ -766,7 +766,7 @@ class Channel:
 
     __slots__ = ("socket", "worker", "thread", "cork", "headers", "direct", "out", "unsent", "posted", "sending", "marks",
                  "partial", "filled", "need", "room", "seen", "paused", "interest", "last", "since", "received", "state",
-                 "reason", "error", "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline")
+                 "reason", "error", "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline", "link")
 
     ENDED = PAUSED_ENDED
     SHUTDOWN = Reason.SHUTDOWN
@@ -802,6 +802,7 @@ class Channel:
     low_water: int
     send_limit: int
     deadline: Any                   # the timer of its closing
+    link: Any                       # on Windows: its lock, its mail and its operations
 
 
 class _Marks:
@@ -833,7 +834,7 @@ class Session(Channel):
         self.connector: Optional[Connector] = None
         self.opened = False         # on_connect was called, so on_disconnect will be
         self.socket = self.worker = self.cork = self.sending = self.marks = self.partial = self.room = None
-        self.reason = self.error = self.deadline = None
+        self.reason = self.error = self.deadline = self.link = None
         self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
         self.out = []
         self.headers = communicator.framing.headers
@@ -953,10 +954,11 @@ class Session(Channel):
     def _on_owner(self, function: Callable[..., Any], *args: Any) -> None:
         if self.worker is None:
             return
-        if get_ident() == self.worker.ident:
+        engine = self.communicator.queue.engine
+        if engine.owns(self):
             function(*args)
         else:
-            self.communicator.queue.engine.run_on_owner(self, function, *args)
+            engine.run_on_owner(self, function, *args)
 
     def resume_for(self, bit: int) -> None:
         """Take one cause of a pause away."""
@@ -1022,10 +1024,9 @@ class Session(Channel):
         marks.sent += sent
         while marks.queue and marks.queue[0][0] <= marks.sent:
             # By the mail: a completion never runs inside of a verb.
-            self.worker.post(_Core.on_sent, self, marks.queue.popleft()[1], True)
+            self.communicator.queue.engine.run_on_owner(self, _Core.on_sent, self, marks.queue.popleft()[1], True)
         if not marks.queue:
             self.marks = None
-            self.worker.restore(self)
 
     def congested(self) -> None:
         """More is unsent than the high-water mark: receive no more until the peer has taken some of it."""
@@ -1041,7 +1042,7 @@ class Session(Channel):
 
     def _tell_pressure(self, congested: bool) -> None:
         if self.communicator.on_backpressure is not None:
-            self.worker.post(_guarded, self, self.communicator.on_backpressure, congested)
+            self.communicator.queue.engine.run_on_owner(self, _guarded, self, self.communicator.on_backpressure, congested)
 
     def overflow(self) -> None:
         """The hard limit of unsent bytes is reached."""
@@ -1095,7 +1096,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         return
     manager = session.communicator.manager
     if start or not session.since:
-        session.since = session.worker.now
+        session.since = time.monotonic()
     try:
         need = session.communicator.framing.parse(buffer, start, end, 0 if start else session.seen)
         session.need = need
@@ -1149,6 +1150,21 @@ class _Core:
     def scratch(size: int) -> Any:
         """A buffer for an engine's thread."""
         return _ARRAYS[_power(size)]()
+
+    @staticmethod
+    def lease(session: Session) -> Optional[Buffer]:
+        """A RecvBuf for a receive that is armed before its bytes are there; None: the session waits for memory."""
+        manager = session.communicator.manager
+        buffer = manager.lease(manager.recv_buffer)
+        if buffer is None:
+            session._pause_for(PAUSED_MEMORY)
+            manager.wait_for_memory(session)
+        return buffer
+
+    @staticmethod
+    def give_back(session: Session, buffer: Buffer) -> None:
+        """Return a RecvBuf that `lease` gave."""
+        session.communicator.manager.give_back(buffer)
 
     @staticmethod
     def reserve(listener: Listener) -> bool:
@@ -1207,7 +1223,7 @@ class _Core:
     def on_resumed(session: Session) -> None:
         """A pause is over: handle what has been received before it."""
         if session.since:
-            session.since = session.worker.now
+            session.since = time.monotonic()
         if session.partial is not None and not session.filled < session.need:
             session.received(session, session.partial.array, session.filled)
 
@@ -1376,7 +1392,7 @@ def _checked(received: Callable[[Session, Any, int], None]) -> Callable[[Session
         return received
 
     def checked(session: Session, buffer: Any, end: int) -> None:
-        if get_ident() != session.worker.ident:
+        if not session.communicator.queue.engine.owns(session):
             raise LeviathanError("%r is handled by a thread that does not own it" % session)
         received(session, buffer, end)
 

@@ -341,7 +341,7 @@ class Engine:
     def close(self, target: Any, drain: bool, reason: Any = None, error: Optional[BaseException] = None) -> None:
         """Close a session: after what is queued was sent (*drain*), or at once. Ends in on_closed, exactly once."""
         worker = target.worker
-        if threading.get_ident() == worker.ident:
+        if self.owns(target):
             worker.close_session(target, drain, reason, error)
         else:
             worker.post(worker.close_session, target, drain, reason, error)
@@ -349,7 +349,7 @@ class Engine:
     def shutdown(self, session: Any) -> None:
         """Half-close: after what is queued was sent, tell the peer that no more will come; receiving goes on."""
         worker = session.worker
-        if threading.get_ident() == worker.ident:
+        if self.owns(session):
             worker.half_close(session)
         else:
             worker.post(worker.half_close, session)
@@ -359,6 +359,10 @@ class Engine:
         worker = listener.worker
         if not worker.post(worker.close_listener, listener):
             worker.close_listener(listener)
+
+    def owns(self, session: Any) -> bool:
+        """True on the thread that owns *session*."""
+        return bool(threading.get_ident() == session.worker.ident)
 
     def run_on_owner(self, session: Any, function: Callable[..., Any], *args: Any) -> bool:
         """Call function(*args) on the thread that owns *session*. False when that thread has ended."""
@@ -1025,7 +1029,7 @@ class Worker:
         if sent == len(data):
             session.unsent = 0
             if session.marks is not None:
-                session.progress(sent)
+                self._progress(session, sent)
         else:
             self.outstanding(session, data, sent)
 
@@ -1035,6 +1039,12 @@ class Worker:
             self.outstanding(session, data, 0)
         else:
             self.close_session(session, False, None, error)
+
+    def _progress(self, session: Any, sent: int) -> None:
+        """There are callbacks that wait for *sent* to grow; when the last is due, the fast path opens again."""
+        session.progress(sent)
+        if session.marks is None:
+            self.restore(session)
 
     def _send_gather(self, session: Any) -> None:
         """The same for large amounts: chunk by chunk, without a copy."""
@@ -1059,7 +1069,7 @@ class Worker:
         first = out[done] if done < len(out) else None
         del out[:done + 1]
         if sent and session.marks is not None:
-            session.progress(sent)
+            self._progress(session, sent)
         if first is not None:
             self._begin_send(session, first, left)
 
@@ -1067,7 +1077,7 @@ class Worker:
         """The kernel took *sent* bytes of *data*, which was all that was queued."""
         session.unsent = len(data) - sent
         if sent and session.marks is not None:
-            session.progress(sent)
+            self._progress(session, sent)
         self._begin_send(session, data, sent)
         self._check_limits(session, 0)
 
@@ -1098,7 +1108,7 @@ class Worker:
         operation.done += sent
         session.unsent -= sent
         if session.marks is not None:
-            session.progress(sent)
+            self._progress(session, sent)
         if operation.done < operation.wanted:
             return
         session.sending = None
