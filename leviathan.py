@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import errno
 import os
 import socket
 import struct
@@ -1051,6 +1052,13 @@ class Session(Channel):
         self.end(False, Reason.OVERFLOW, None)
 
 
+def _unix_family() -> int:
+    """AF_UNIX. Raises OSError on Windows, whose Python has no unix sockets."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError(errno.EAFNOSUPPORT, "this system's Python has no unix sockets")
+    return int(socket.AF_UNIX)
+
+
 def _address_text(address: Any) -> str:
     """host:port, [host]:port, or a unix socket's path."""
     if isinstance(address, tuple) and len(address) >= 2:
@@ -1532,7 +1540,7 @@ class Communicator:
         listener = Listener(self, serve, client_thread, unix)
         address: Any = unix
         if unix:
-            family = getattr(socket, "AF_UNIX")
+            family = _unix_family()
         else:
             family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
                                                           socket.AI_PASSIVE)[0]
@@ -1554,8 +1562,10 @@ class Communicator:
 
         *timeout*: seconds for resolving and connecting. *reconnect*: True, or (first, longest) pause in seconds between
         attempts; it doubles each time, with jitter, and starts again after a success. *on_failure(connector, error)* is
-        told of each attempt that failed. *unix*: a unix socket's path instead of host and port.
+        told of each attempt that failed. *unix*: a unix socket's path instead of host and port; OSError where there are none.
         """
+        if unix:
+            _unix_family()
         connector = Connector(self, unix or (host, port), timeout, reconnect, bool(unix), thread, tag, on_failure)
         with self._lock:
             if self.closing:
@@ -1744,7 +1754,7 @@ class Connector:
             number = self._attempts
             self._timer = self.communicator.queue.call_later(self.timeout, self._timed_out, number)
         if self.unix:
-            self._resolved(number, [(getattr(socket, "AF_UNIX"), self.address)], None)
+            self._resolved(number, [(_unix_family(), self.address)], None)
             return
         try:
             host, port = self.address

@@ -186,7 +186,7 @@ def _unacknowledged(sock: socket.socket) -> int:
 class Timer:
     """A call to be made later, once or again and again. `cancel()` may be called from any thread, any number of times."""
 
-    __slots__ = ("when", "interval", "function", "args", "engine", "queued")
+    __slots__ = ("when", "interval", "function", "args", "engine", "queued", "number")
 
     def __init__(self, engine: Engine, when: float, interval: float, function: Callable[..., Any],
                  args: Tuple[Any, ...]) -> None:
@@ -196,9 +196,10 @@ class Timer:
         self.function: Optional[Callable[..., Any]] = function      # None: cancelled, or done
         self.args = args
         self.queued = False                 # on the heap (the engine's lock guards it, as it does `function`)
+        self.number = 0                     # those that are due at the same time come in the order they were made
 
     def __lt__(self, other: Timer) -> bool:
-        return self.when < other.when
+        return (self.when, self.number) < (other.when, other.number)
 
     def cancel(self) -> None:
         """Do not call any more. A call that is running now is not interrupted."""
@@ -224,7 +225,7 @@ class Engine:
         self.timers: List[Timer] = []       # a heap by time
         self.cancelled = 0                  # how many of the timers are cancelled
         self.due = FOREVER                  # when the first timer is due (read without the lock: see Worker._run)
-        self.turn = 0                       # round robin over the workers
+        self.turn = 0                       # round robin over the workers; also numbers the timers
         self.started = False
         self.stopped = False
         self.wakeup = Wakeup()              # watched by every worker: an event is there
@@ -393,6 +394,8 @@ class Engine:
             if timer.function is None:
                 return                      # cancelled by its own call
             timer.queued = True
+            self.turn += 1
+            timer.number = self.turn
             heapq.heappush(self.timers, timer)
             first = timer.when < self.due
             if first:

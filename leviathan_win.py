@@ -316,7 +316,7 @@ class Link:
 class Timer:
     """A call to be made later, once or again and again. `cancel()` may be called from any thread, any number of times."""
 
-    __slots__ = ("when", "interval", "function", "args", "engine", "queued")
+    __slots__ = ("when", "interval", "function", "args", "engine", "queued", "number")
 
     def __init__(self, engine: Engine, when: float, interval: float, function: Callable[..., Any],
                  args: Tuple[Any, ...]) -> None:
@@ -326,9 +326,10 @@ class Timer:
         self.function: Optional[Callable[..., Any]] = function      # None: cancelled, or done
         self.args = args
         self.queued = False                 # on the heap (the engine's lock guards it, as it does `function`)
+        self.number = 0                     # those that are due at the same time come in the order they were made
 
     def __lt__(self, other: Timer) -> bool:
-        return self.when < other.when
+        return (self.when, self.number) < (other.when, other.number)
 
     def cancel(self) -> None:
         """Do not call any more. A call that is running now is not interrupted."""
@@ -348,10 +349,13 @@ class Engine:
     def __init__(self, core: Any, name: str, threads: int) -> None:
         self.core = core
         self.name = name
-        self.lock = threading.Lock()        # guards events, timers, cancelled, due, owned, listeners, closed, started,
-        self.events: Deque[Tuple[Any, Any]] = deque()       # stopped, stopping, ended; (function, args) or (None, target)
+        # Guards events, timers, cancelled, turn, due, owned, listeners, accepted, connected, closed, started, stopped,
+        # stopping and ended.
+        self.lock = threading.Lock()
+        self.events: Deque[Tuple[Any, Any]] = deque()       # (function, args), or (None, target): read its mail
         self.timers: List[Timer] = []       # a heap by time
         self.cancelled = 0                  # how many of the timers are cancelled
+        self.turn = 0                       # numbers the timers
         self.due = FOREVER                  # when the first timer is due
         self.owned: Set[Any] = set()        # sessions, in whatever state
         self.listeners: Set[Any] = set()
@@ -554,6 +558,8 @@ class Engine:
             if timer.function is None:
                 return                      # cancelled by its own call
             timer.queued = True
+            self.turn += 1
+            timer.number = self.turn
             heapq.heappush(self.timers, timer)
             if timer.when < self.due:
                 self.due = timer.when

@@ -152,9 +152,10 @@ def stop_in_time(queue):
 
 
 class EngineContract:
-    """The suite. A subclass sets `module`, the engine's."""
+    """The suite. A subclass sets `module`, the engine's, and `pinned`: a session stays on one thread for its life."""
 
     module = None
+    pinned = True
 
     # -- the house ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class EngineContract:
             assert names.count("connect") == names.count("disconnect") <= 1, names
             if "packet" in names:
                 assert names[0] == "on_connected", names
-            assert len({thread for _, thread in life}) == 1, "completions of one session on several threads"
+            assert len({thread for _, thread in life}) == 1 or not self.pinned, "one session on several threads"
             assert session.worker is None or session.sending is None and not session.out and not session.unsent
         assert {thread for thread in threading.enumerate() if thread.name.startswith("contract")} \
             <= self.threads_before
@@ -737,14 +738,16 @@ class EngineContract:
         session.pause()
         session.resume()
         assert session.close()
-        assert session.backlog == 10 and session.connected      # nothing has been done yet
+        assert session.connected            # nothing has been done yet ...
+        assert session.backlog == 10 or not self.pinned     # ... but on a completion port sending goes on (I4)
         assert self.record.count("on_closed") == 0
         go.set()
         assert self.read_to_end(client) == self.packed(b"posted")
         client.close()
         self.record.wait_for("on_closed")
-        owner = session.worker.thread.ident
-        assert {thread for name, target, thread, _ in self.record.entries if target is session} == {owner}
+        owners = [session.worker] if self.pinned else session.communicator.queue.engine.workers
+        assert {thread for name, target, thread, _ in self.record.entries if target is session} <= \
+            {worker.thread.ident for worker in owners}
 
     def test_a_session_is_pinned_to_the_thread_asked_for(self):
         queue = self.queue(3)
@@ -816,12 +819,13 @@ class EngineContract:
         listener.close()
         listener.close()
         self.on_thread(session, int)
-        try:
-            self.client(listener)
-        except ConnectionRefusedError:
-            pass
-        else:
-            raise AssertionError("it still listens")
+        end = time.monotonic() + DEADLINE       # Windows lets go of the port when the accepts it had armed have ended
+        while True:
+            try:
+                self.client(listener)
+            except ConnectionRefusedError:
+                break
+            assert not self.pinned and time.monotonic() < end, "it still listens"
         client.sendall(self.packed(b"still served"))
         assert self.read(client, 16) == self.packed(b"still served")
         again = communicator.listen(listener.address[1])
