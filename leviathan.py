@@ -667,13 +667,13 @@ class SessionManager:
         for session in waiting:
             session.resume_for(PAUSED_MEMORY)
 
-    def wait_for_memory(self, session: Session) -> None:
-        """Have *session* resumed when a buffer comes back."""
+    def wait_for_memory(self, session: Session, size: int) -> None:
+        """Have *session* resumed when a buffer comes back, at once if *size* bytes can be had by now."""
         with self._lock:
-            if self._memory:
+            if self._memory + (1 << _power(size)) > self.memory_limit:
                 self._waiting.append(session)
                 return
-        session.resume_for(PAUSED_MEMORY)   # all came back meanwhile
+        session.resume_for(PAUSED_MEMORY)
 
     def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
         """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""
@@ -921,7 +921,8 @@ class Session(Channel):
 
     def finish(self) -> None:
         """Half-close: no more is sent after what is queued; receiving goes on. `send` answers False from now on."""
-        self.communicator.queue.engine.shutdown(self)
+        if self.worker is not None:
+            self.communicator.queue.engine.shutdown(self)
 
     def pause(self) -> None:
         """Receive no more until `resume`: the peer is slowed down by TCP itself. On the session's thread it is immediate."""
@@ -1137,7 +1138,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
     if waits:
         session.seen = session.need = 0
         session._pause_for(PAUSED_MEMORY)
-        manager.wait_for_memory(session)
+        manager.wait_for_memory(session, size)
 
 
 def _give_back_partial(session: Session) -> None:
@@ -1166,7 +1167,7 @@ class _Core:
         buffer = manager.lease(manager.recv_buffer)
         if buffer is None:
             session._pause_for(PAUSED_MEMORY)
-            manager.wait_for_memory(session)
+            manager.wait_for_memory(session, manager.recv_buffer)
         return buffer
 
     @staticmethod
@@ -1204,8 +1205,12 @@ class _Core:
         if session.connector is not None and not session.connector._established(session):
             session.end(False, Reason.NORMAL, None)
             return
+        communicator = session.communicator
+        if communicator.closing:            # since it was accepted: `_close` may have been past it, or too early for it
+            session.end(True, communicator._closed_for, None)
+            return
         session.opened = True
-        on_connect = session.communicator.on_connect
+        on_connect = communicator.on_connect
         if on_connect is not None:
             _guarded(session, on_connect)
 
@@ -1517,6 +1522,7 @@ class Communicator:
         self._received = _checked(framing.receiver(_watched(on_packet), _keep, _failed))
         self._lock = threading.Lock()       # guards listeners, connectors, closing, _sweeper and _full
         self.closing = False
+        self._closed_for = Reason.NORMAL    # why it is closing
         self._full = False                  # the limit was reported
         self._sweeper: Any = None
 
@@ -1592,6 +1598,7 @@ class Communicator:
 
     def _close(self, reason: Reason) -> None:
         with self._lock:
+            self._closed_for = reason
             self.closing = True
             listeners, self.listeners = self.listeners, []
             connectors, self.connectors = self.connectors, []
@@ -1803,6 +1810,10 @@ class Connector:
             self._dialling = session
         communicator.sessions._add(session)
         communicator.queue.engine.connect(session, found[0], found[1], self.thread)
+        with self._changed:
+            unwanted = self._gone or number != self._attempts
+        if unwanted:                        # since `_dialling` was set: who gave up found nothing that could be ended
+            session.end(False, Reason.SHUTDOWN, None)
 
     def _timed_out(self, number: int) -> None:
         with self._changed:

@@ -228,6 +228,7 @@ class Engine:
         self.turn = 0                       # round robin over the workers; also numbers the timers
         self.started = False
         self.stopped = False
+        self.late: List[threading.Thread] = []      # they run on_closed for sessions that came too late for a worker
         self.wakeup = Wakeup()              # watched by every worker: an event is there
         self.workers = [Worker(self, index) for index in range(threads)]
 
@@ -239,8 +240,8 @@ class Engine:
             if self.started or self.stopped:
                 return
             self.started = True
-        for worker in self.workers:
-            worker.thread.start()
+            for worker in self.workers:     # with the lock held: a `stop` must not join what is not started
+                worker.thread.start()
 
     def stop(self) -> None:
         """Abort every session, close every listener, run the events that are queued, end the threads and join them.
@@ -258,6 +259,10 @@ class Engine:
                     worker.run()            # never had a thread: this one does what was queued, and closes
             if self.started:
                 worker.thread.join()
+        with self.lock:
+            late = [thread for thread in self.late if thread.ident != threading.get_ident()]
+        for thread in late:                 # what the workers have refused while they ended
+            thread.join()
         if first:
             self.wakeup.close()
 
@@ -319,7 +324,11 @@ class Engine:
     def _refuse(self, session: Any) -> None:
         # The threads have ended, and a completion must not run inside of a verb: it gets a thread for itself.
         session.move("closed")
-        threading.Thread(target=self.core.on_closed, args=(session, None), name=self.name + "-late").start()
+        late = threading.Thread(target=self.core.on_closed, args=(session, None), name=self.name + "-late")
+        with self.lock:
+            self.late = [thread for thread in self.late if thread.is_alive()]
+            self.late.append(late)
+            late.start()
 
     def receive(self, session: Any) -> None:
         """Arm receiving again after a pause: core.on_resumed(session) on the owner thread, then what arrives."""
@@ -603,7 +612,9 @@ class Worker:
                             continue
                         sends += 1
                         sent += count
-                        if count != len(data):
+                        if count == len(data):
+                            session.unsent = 0          # `_append` may have counted: a large packet, or raw bytes
+                        else:
                             self.outstanding(session, data, count)
                     else:
                         self._flush()

@@ -62,8 +62,9 @@ ACCEPT_PAUSE = 0.1      # seconds without accepting after WSAEMFILE, doubled eac
 ACCEPT_PAUSE_MAX = 1.0  # ... up to this (libuv and asyncio wait 1 s at once)
 
 # The process or the machine is short of something: WSAEMFILE, WSAENOBUFS, ERROR_NOT_ENOUGH_MEMORY,
-# ERROR_NO_SYSTEM_RESOURCES. Go on serving, accept later.
-ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENOBUFS, errno.ENOMEM))
+# ERROR_NO_SYSTEM_RESOURCES; or who had come was gone before AcceptEx was called. Go on serving, accept later.
+ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNRESET, errno.ECONNABORTED,
+                          errno.ETIMEDOUT))
 
 FOREVER = float("inf")
 
@@ -73,6 +74,7 @@ OPERATION_ABORTED = 995                 # ERROR_OPERATION_ABORTED: cancelled
 SO_UPDATE_ACCEPT_CONTEXT = 0x700B       # mswsock.h
 SO_UPDATE_CONNECT_CONTEXT = 0x7010
 SIO_GET_EXTENSION_FUNCTION_POINTER = 0xC8000006
+SIO_TCP_INFO = 0xD8000027
 ADDRESS_SIZE = 128 + 16                 # sockaddr_storage, and the 16 bytes more that AcceptEx asks for
 
 # What Windows says, as errno: OSError makes the subclass from that (ConnectionResetError, ...). The codes of winsock
@@ -225,6 +227,19 @@ def _tune(sock: socket.socket, family: int) -> None:
         getattr(sock, "ioctl")(getattr(socket, "SIO_KEEPALIVE_VALS"), (1, 60000, 6000))
 
 
+def _acknowledged(sock: socket.socket) -> bool:
+    """True if the peer's system has confirmed all bytes and our FIN; False also where the system cannot tell.
+
+    SIO_TCP_INFO is there from Windows 10 version 1703 on. The state, the first field of TCP_INFO_v0 (mstcpip.h), is
+    FIN_WAIT_2 (6) or TIME_WAIT (10) when the FIN is acknowledged, and what went before it with it.
+    """
+    version, size, answer = DWORD(0), DWORD(), (ctypes.c_uint32 * 64)()
+    if api.WSAIoctl(sock.fileno(), SIO_TCP_INFO, ctypes.addressof(version), ctypes.sizeof(version),
+                    ctypes.addressof(answer), ctypes.sizeof(answer), ctypes.addressof(size), None, None):
+        return False
+    return answer[0] in (6, 10)
+
+
 def _sockaddr(family: int, address: Any) -> bytes:
     """*address*, as getaddrinfo gives it, as a sockaddr_in or sockaddr_in6 (ws2def.h, ws2ipdef.h)."""
     host, port = address[:2]
@@ -359,6 +374,7 @@ class Engine:
         self.due = FOREVER                  # when the first timer is due
         self.owned: Set[Any] = set()        # sessions, in whatever state
         self.listeners: Set[Any] = set()
+        self.late: List[threading.Thread] = []      # they run on_closed for sessions that came too late for a worker
         self.accepted = self.connected = self.closed = 0
         self.started = False
         self.stopped = False                # no more events are taken from outside
@@ -378,8 +394,8 @@ class Engine:
             if self.started or self.stopped:
                 return
             self.started = True
-        for worker in self.workers:
-            worker.thread.start()
+            for worker in self.workers:     # with the lock held: a `stop` must not join what is not started
+                worker.thread.start()
 
     def stop(self) -> None:
         """Abort every session, close every listener, run the events that are queued, end the threads and join them.
@@ -397,6 +413,10 @@ class Engine:
         for worker in self.workers:
             if self.started:
                 worker.thread.join()
+        with self.lock:
+            late = [thread for thread in self.late if thread.ident != threading.get_ident()]
+        for thread in late:                 # what the workers have refused while they ended
+            thread.join()
         if first:
             self.port.close()
 
@@ -472,7 +492,11 @@ class Engine:
     def _refuse(self, session: Any) -> None:
         # The threads have ended, and a completion must not run inside of a verb: it gets a thread for itself.
         session.move("closed")
-        threading.Thread(target=self.core.on_closed, args=(session, None), name=self.name + "-late").start()
+        late = threading.Thread(target=self.core.on_closed, args=(session, None), name=self.name + "-late")
+        with self.lock:
+            self.late = [thread for thread in self.late if thread.is_alive()]
+            self.late.append(late)
+            late.start()
 
     def receive(self, session: Any) -> None:
         """Arm receiving again after a pause: core.on_resumed(session) on the owner thread, then what arrives."""
@@ -533,8 +557,8 @@ class Engine:
         with self.lock:
             if self.stopped:
                 return False
-            self.events.append((function, args))
             self.port.wake()                # a packet for each event: the system picks an idle thread
+            self.events.append((function, args))
         return True
 
     def submit(self, function: Any, args: Any) -> bool:
@@ -542,8 +566,8 @@ class Engine:
         with self.lock:
             if self.ended:
                 return False
-            self.events.append((function, args))
             self.port.wake()
+            self.events.append((function, args))
         return True
 
     def call_later(self, delay: float, interval: float, function: Callable[..., Any], *args: Any) -> Timer:
@@ -1000,7 +1024,8 @@ class Worker:
             if code != IO_PENDING:
                 link.receiving = False
                 del self.engine.pending[operation.address]
-                self._receive_failed(session, failure("WSARecv", code))
+                # By the mail, behind which the owner settles again: this is called by `_settle`.
+                self.engine.run_on_owner(session, self._receive_failed, session, failure("WSARecv", code))
 
     def _receive(self, operation: Overlapped, transferred: int) -> None:
         """A completion: bytes have come, or the end, or an error."""
@@ -1143,9 +1168,11 @@ class Worker:
             link.sent_at = self.now
             if session.marks is not None:
                 session.progress(transferred)
-            if not code and sending.done < sending.wanted:
+            if not code and sending.done < sending.wanted and not session.aborted:
                 self._transmit(session)     # WSASend takes all of it as a rule
                 return
+        self.core.end_send(sending)         # before anybody may see that nothing is outstanding
+        with link.lock:
             session.sending = None
             if session.out and not (code or session.aborted):
                 self._send_now(session)
@@ -1153,7 +1180,6 @@ class Worker:
             relieved = link.pressed and session.unsent <= session.low_water
             if relieved:
                 link.pressed = False
-        self.core.end_send(sending)
         if code:
             self._serve(session, self.close_session, session, False, None, failure("WSASend", code))
         elif relieved:
@@ -1201,6 +1227,9 @@ class Worker:
                     return
             if not (target.paused or target.eof or link.receiving or link.ended):
                 self._arm(target)
+            elif link.inbox is not None and not link.receiving:
+                self.core.give_back(target, link.inbox)     # a pause needs none; who waits for memory may be this one
+                link.inbox = None
         elif link.live or target.aborted:
             self._settle_closing(target, unsent)
 
@@ -1210,13 +1239,13 @@ class Worker:
         if not session.is_ended():
             if unsent:
                 if session.deadline is None:
-                    self._plan(session, DRAIN, self._overdue)
+                    self._plan(session, DRAIN, self._overdue, session)
                 self._discard(session)
                 return
             with link.lock:
                 session.move("sent")
             if self._send_fin(session) and not session.eof and self.now - link.sent_at < LINGER:
-                self._plan(session, LINGER, self._linger)
+                self._linger(session, 0.01, LINGER)
             else:
                 link.late = True
         if not (session.aborted or session.eof or link.late):
@@ -1229,15 +1258,20 @@ class Worker:
             return
         self._closed(session)
 
-    def _plan(self, session: Any, delay: float, function: Callable[..., Any]) -> None:
-        """Call function(session) in *delay* seconds, and not what was planned before."""
+    def _plan(self, session: Any, delay: float, function: Callable[..., Any], *args: Any) -> None:
+        """Call function(*args) in *delay* seconds, and not what was planned before."""
         if session.deadline is not None:
             session.deadline.cancel()
-        session.deadline = self.engine.call_later(delay, 0, self.engine.run_on_owner, session, function, session)
+        session.deadline = self.engine.call_later(delay, 0, self.engine.run_on_owner, session, function, *args)
 
-    def _linger(self, session: Any) -> None:
-        """The peer has had time enough to take the last bytes."""
-        session.link.late = True
+    def _linger(self, session: Any, pause: float, left: float) -> None:
+        """Look again, after 10, 20, 40 ... ms, whether the peer's system has all; a delayed ACK takes 40 ms."""
+        if session.is_gone():
+            return
+        if left <= 0 or _acknowledged(session.socket):
+            session.link.late = True
+        else:
+            self._plan(session, pause, self._linger, session, 2 * pause, left - pause)
 
     def _send_fin(self, session: Any) -> bool:
         if session.link.fin:
@@ -1258,8 +1292,8 @@ class Worker:
         """The end: nothing is outstanding any more. Buffers and operations go back, then on_closed; each session once."""
         link = session.link
         with link.lock:
-            if not session.move("closed"):
-                return
+            if link.mail or not session.move("closed"):
+                return                      # on_sent comes before on_closed; `_let_go` settles again behind the mail
             session.out.clear()
             session.unsent = 0
         sock = session.socket

@@ -1,10 +1,14 @@
 """What the tests share: servers on free ports, sockets with timeouts, and a proof after each that nothing leaked."""
+import ctypes
 import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import pytest
 
@@ -14,6 +18,14 @@ import leviathan  # noqa: E402
 
 DEADLINE = 10.0         # seconds until a test gives up waiting: long, since only a failing test waits so long
 _TICK = threading.Event()       # never set: its wait() is a short pause between two looks
+WINDOWS = sys.platform == "win32"
+WINE = WINDOWS and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
+# Bytes that an idle session holds: on a completion port its next receive is armed, and that needs a RecvBuf.
+INBOX = leviathan.RECV_BUFFER if WINDOWS else 0
+# The signals that end a program: what a user types, and what a service manager sends. Wine has no Ctrl-Break.
+STOPS = [signal.SIGINT] + ([] if WINE else [signal.SIGBREAK if WINDOWS else signal.SIGTERM])
+only_pinned = pytest.mark.skipif(WINDOWS, reason="on a completion port the system picks the thread (I1), so none can be "
+                                                 "chosen: E2 is about epolls")
 
 
 def eventually(predicate, deadline=DEADLINE):
@@ -26,6 +38,35 @@ def eventually(predicate, deadline=DEADLINE):
         if time.monotonic() > end:
             raise AssertionError("not within %s s: %s" % (deadline, predicate))
         _TICK.wait(0.003)
+
+
+class Child(subprocess.Popen):
+    """A Python program as a process that can be interrupted, on Windows and under Wine too."""
+
+    def __init__(self, *arguments, **options):
+        self.mark = "leviathan-test-" + uuid.uuid4().hex            # to find it among Linux' processes
+        if WINDOWS:
+            options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP if not WINE else 0
+        command = [sys.executable] + (["-X", self.mark] if WINE else []) + [str(argument) for argument in arguments]
+        super().__init__(command, **options)
+
+    def interrupt(self, number=STOPS[-1]):
+        """Send the signal, as Ctrl-C or Ctrl-Break on Windows."""
+        if not WINDOWS:
+            self.send_signal(number)
+        elif not WINE:                      # a process group of its own does not hear Ctrl-C
+            self.send_signal(signal.CTRL_BREAK_EVENT)
+        else:                               # Wine makes a Ctrl-C of SIGINT, and has no other way to send one
+            for pid in filter(str.isdigit, os.listdir("Z:/proc")):
+                try:
+                    with open("Z:/proc/%s/cmdline" % pid, "rb") as file:
+                        found = self.mark.encode() in file.read()
+                except OSError:
+                    continue                # it has ended meanwhile
+                if found:
+                    subprocess.run(["start", "/unix", "/bin/kill", "-INT", pid], check=True)
+                    return
+            raise AssertionError("it is not among the processes")
 
 
 class Log:

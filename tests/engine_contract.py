@@ -51,9 +51,11 @@ class Record:
     def wait(self, condition, what="what the test waits for"):
         with self.changed:
             end = time.monotonic() + DEADLINE
-            while not condition() and time.monotonic() < end:
+            met = condition()
+            while not met and time.monotonic() < end:
                 self.changed.wait(0.002)    # not every condition is about what is recorded
-            assert condition(), \
+                met = condition()           # asked once a time: some are true for a moment only
+            assert met, \
                 "%s did not happen in %s s; recorded: %s" % (what, DEADLINE, [entry[0] for entry in self.entries][-30:])
 
     def wait_for(self, name, count=1, target=None):
@@ -489,7 +491,7 @@ class EngineContract:
             feeder.join()
         for _, session, _, _ in self.record.of("connect"):
             assert self.record.packets(session) == [b"%d" % number for number in range(count)]
-        assert len({thread for _, _, thread, _ in self.record.of("packet")}) == 3
+        assert len({thread for _, _, thread, _ in self.record.of("packet")}) == 3 or not self.pinned
 
     def test_one_receive_is_outstanding_at_most(self):
         # While a handler runs its session receives nothing, whatever the other threads do.
@@ -639,6 +641,47 @@ class EngineContract:
         client.close()
         self.record.wait_for("on_closed")
 
+    def test_a_reply_that_has_left_is_counted_no_more(self):
+        """A packet over SEND_INLINE is queued with its bytes counted; then nothing is left, and closing waits for nothing."""
+        _, session, client = self.pair(lambda session, packet: session.send(packet))
+        packet = bytes(leviathan.SEND_INLINE + 4000)
+        client.sendall(self.packed(packet))
+        assert self.read(client, len(packet) + 4) == self.packed(packet)
+        self.record.wait(lambda: session.backlog == 0, "an empty backlog")
+        began = time.monotonic()
+        client.shutdown(socket.SHUT_WR)
+        assert self.read_to_end(client) == b""
+        client.close()
+        self.record.wait_for("on_closed")
+        assert time.monotonic() - began < DEADLINE / 2
+
+    def test_closing_while_clients_come_leaves_none(self):
+        for _ in range(10):
+            communicator, listener = self.serve(queue=self.queue(3))
+
+            def knock():
+                try:
+                    for _ in range(60):
+                        self.sockets.append(socket.create_connection(listener.address, DEADLINE))
+                except OSError:
+                    pass
+
+            knocker = threading.Thread(target=knock)
+            knocker.start()
+            before = self.record.count("on_accepted")
+            self.record.wait_for("on_accepted", before + 3)
+            communicator.close()
+            self.record.wait(lambda: not len(communicator.sessions), "the end of every session")
+            knocker.join(DEADLINE)
+
+    def test_start_and_stop_at_once(self):
+        for _ in range(20):
+            queue = self.queue(2, start=False)
+            starter = threading.Thread(target=queue.engine.start)
+            starter.start()
+            queue.engine.stop()
+            starter.join(DEADLINE)
+
     def test_close_in_a_handler_delivers_what_other_threads_have_queued(self):
         entered, go = threading.Event(), threading.Event()
 
@@ -771,7 +814,8 @@ class EngineContract:
             client.sendall(self.packed(b"%d" % number))
             assert self.read(client, 5) == self.packed(b"%d" % number)
         idents = {worker.thread.ident for worker in serving.queue.engine.workers}
-        assert {thread for _, _, thread, _ in self.record.of("on_connected")} == idents
+        seen = {thread for _, _, thread, _ in self.record.of("on_connected")}
+        assert seen == idents if self.pinned else seen <= idents
         assert len(serving.sessions) == 4 and len(accepting.sessions) == 0
         assert accepting.queue.statistics()["accepted"] == 4 and serving.queue.statistics()["connected"] == 4
 
@@ -825,6 +869,8 @@ class EngineContract:
                 self.client(listener)
             except ConnectionRefusedError:
                 break
+            except ConnectionResetError:
+                pass                            # somebody was there to close it
             assert not self.pinned and time.monotonic() < end, "it still listens"
         client.sendall(self.packed(b"still served"))
         assert self.read(client, 16) == self.packed(b"still served")
@@ -972,7 +1018,7 @@ class EngineContract:
         self.record.wait_for("timer", 4)
         fired = [what for _, _, _, what in self.record.of("timer")]
         assert [delay for delay, _ in fired] == [0.0, 0.03, 0.06, 0.09]
-        assert all(took >= delay for delay, took in fired)
+        assert all(took >= delay - 1e-6 for delay, took in fired)       # a clock of whole ticks, and floats
 
     def test_a_repeated_timer_and_its_cancel(self):
         queue = self.queue(2)

@@ -117,10 +117,11 @@ def test_every_type_of_header(tmp_path, header, kind, check):
 
 
 def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
-    servers = build(tmp_path, "[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0, [::1]:0, unix:%s\nHANDLER = leviathan:echo\n"
-                              "ACCEPT_IDX = 1\nIOCP_IDX = 0\n[IOCP]\nCOUNT = 2\n" % (tmp_path / "s"))
+    unix = ", unix:%s" % (tmp_path / "s") if hasattr(socket, "AF_UNIX") else ""
+    servers = build(tmp_path, "[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0, [::1]:0%s\nHANDLER = leviathan:echo\n"
+                              "ACCEPT_IDX = 1\nIOCP_IDX = 0\n[IOCP]\nCOUNT = 2\n" % unix)
     listeners = [listener for communicator in servers for listener in communicator.listeners]
-    assert len(listeners) == 3 and len({communicator.queue for communicator in servers}) == 2
+    assert len(listeners) == (3 if unix else 2) and len({communicator.queue for communicator in servers}) == 2
     servers.start()
     try:
         for listener in listeners:

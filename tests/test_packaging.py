@@ -2,17 +2,18 @@
 import ast
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from conftest import connect, frame, read_frame
+from conftest import STOPS, WINDOWS, connect, frame, read_frame
 from test_examples import PATIENCE, ROOT, Program
 
-MODULES = ["leviathan.py", "leviathan_linux.py"]
+ENGINE = "leviathan_win" if WINDOWS else "leviathan_linux"
+MODULES = ["leviathan.py", "leviathan_linux.py", "leviathan_win.py"]
+NEEDED = ["leviathan.py", ENGINE + ".py"]
 ECHO = """
     import sys
     def handler(session, packet):
@@ -31,7 +32,7 @@ def run(*arguments, cwd, **options):
     return done.returncode, done.stdout, done.stderr
 
 
-def copy_to(folder, names=MODULES):
+def copy_to(folder, names=NEEDED):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copy(os.path.join(ROOT, name), str(folder / name))
@@ -70,7 +71,7 @@ def test_vendored_in_a_package(tmp_path):
     for folder in (tmp_path / "myapp", tmp_path / "myapp" / "_vendor"):
         (folder / "__init__.py").write_text("")
     (tmp_path / "server.py").write_text("from myapp._vendor import leviathan\n"
-                                        "assert leviathan._engine.__name__ == 'myapp._vendor.leviathan_linux'\n" + ECHO)
+                                        "assert leviathan._engine.__name__ == 'myapp._vendor.%s'\n" % ENGINE + ECHO)
     with Program(tmp_path / "server.py", cwd="/") as server:
         assert_it_echoes(server)
 
@@ -95,7 +96,7 @@ def test_a_missing_engine_is_named(tmp_path, package):
     status, _, err = run("-S", "-E", "-c", code, cwd=tmp_path)      # without what may be installed here
     last = err.strip().splitlines()[-1]
     assert status == 1 and last.startswith("ImportError: ")
-    assert "copy it next to" in last and "leviathan_linux.py" in last and "bundle" in last
+    assert "copy it next to" in last and ENGINE + ".py" in last and "bundle" in last
     assert str(tmp_path / "vendored" / "leviathan.py") in last
 
 
@@ -145,8 +146,9 @@ def test_a_traceback_in_a_bundle_names_its_file_and_line(bundle):
 
 def test_the_bundle_has_the_sources_as_they_are(bundle):
     text = bundle.read_text(encoding="utf-8")
-    with open(os.path.join(ROOT, "leviathan_linux.py"), encoding="utf-8") as file:
-        assert file.read().rstrip("\n") in text
+    for module in MODULES[1:]:
+        with open(os.path.join(ROOT, module), encoding="utf-8") as file:
+            assert file.read().rstrip("\n") in text
     assert ROOT not in text
 
 
@@ -190,8 +192,9 @@ def test_only_the_standard_library_is_imported():
                 assert name.split(".")[0] in names, "%s imports %s" % (module, name)
 
 
-def test_the_engine_does_not_import_the_core():
-    with open(os.path.join(ROOT, "leviathan_linux.py"), encoding="utf-8") as file:
+@pytest.mark.parametrize("module", MODULES[1:])
+def test_the_engine_does_not_import_the_core(module):
+    with open(os.path.join(ROOT, module), encoding="utf-8") as file:
         tree = ast.parse(file.read())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)
                 and any(alias.name.startswith("leviathan") for alias in node.names)]
@@ -207,7 +210,7 @@ def outcome(tmp_path, *arguments):
     return run(os.path.join(ROOT, "leviathan.py"), *arguments, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS)
 def test_the_main_job(tmp_path, number):
     """`python leviathan.py` answers a client, and ends with 0."""
     with leviathan_program(tmp_path, "--port", 0) as server:
@@ -306,7 +309,7 @@ def test_a_port_in_use_is_one_line_and_status_2(tmp_path):
         port = taken.getsockname()[1]
         status, out, err = outcome(tmp_path, "--port", port)
         assert (status, out) == (2, "")
-        assert len(err.splitlines()) == 1 and "127.0.0.1:%d" % port in err and "in use" in err, err
+        assert len(err.splitlines()) == 1 and "127.0.0.1:%d" % port in err and ("in use" in err or "10048" in err), err
         connect(taken.getsockname()).close()            # and the other's server is as it was
 
 

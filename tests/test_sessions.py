@@ -1,18 +1,17 @@
 """Sessions over real sockets: life, sending, outgoing connections, event queues, stopping (A1 to A8, I3, I6, E2)."""
 import errno
 import os
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
 import leviathan
-from conftest import DEADLINE, Log, eventually, frame, read_exactly, read_frame, read_to_end
+from conftest import (DEADLINE, INBOX, STOPS, WINE, Child, Log, eventually, frame, only_pinned, read_exactly, read_frame,
+                      read_to_end)
 from leviathan import Communicator, CommunicatorList, Delimited, FixedSize, Kind, LengthPrefix, Raw, Reason
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -82,7 +81,7 @@ def test_echo_with_each_framing(serve, framing, sent, got):
 
 
 def test_an_idle_session_holds_no_buffer(serve):
-    """DESIGN 4: only an incomplete packet has a RecvBuf (B2)."""
+    """DESIGN 4: only an incomplete packet has a RecvBuf (B2); on a completion port the armed receive has the one."""
     server = serve()
     client = server.client()
     client.sendall(frame(b"x") + b"\0\0")
@@ -90,7 +89,7 @@ def test_an_idle_session_holds_no_buffer(serve):
     eventually(lambda: server.manager.statistics()["leased"] == 1)
     client.sendall(b"\0\1y")
     assert read_frame(client) == b"y"
-    eventually(lambda: server.manager.statistics()["leased"] == 0)
+    eventually(lambda: server.manager.statistics()["memory"] == INBOX)
     assert server.manager.statistics()["sessions"] == 1
 
 
@@ -104,7 +103,7 @@ def test_big_packets_and_their_memory_comes_back(serve):
         sender.start()
         assert read_frame(client) == packet
         sender.join(DEADLINE)
-    eventually(lambda: server.manager.statistics()["memory"] == 0)
+    eventually(lambda: server.manager.statistics()["memory"] == INBOX)
     classes = server.manager.statistics()["classes"]
     assert classes[16 << 20]["high"] == 1
     assert classes[16 << 20]["made"] == classes[16 << 20]["free"] == 0
@@ -466,7 +465,10 @@ def test_close_sends_what_is_queued_first(serve):
 
 
 def test_a_close_behind_a_reply_does_not_wait_for_the_peer(serve):
-    """Once the peer has acknowledged everything (after 40 ms at most) its slot is free, though it stays connected."""
+    """Once the peer has acknowledged everything (after 40 ms at most) its slot is free, though it stays connected.
+
+    Windows tells that from version 10 on; Wine does not.
+    """
     def on_packet(session, packet):
         session.send(packet * 30000)
         session.close()
@@ -477,7 +479,7 @@ def test_a_close_behind_a_reply_does_not_wait_for_the_peer(serve):
     assert read_to_end(client) == frame(b"x" * 30000)
     began = time.monotonic()
     server.ended.wait()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < (1.0 + leviathan._engine.LINGER if WINE else 1.0)
 
 
 def test_close_is_not_undone_by_input_that_nobody_reads(serve):
@@ -1005,6 +1007,7 @@ def test_serve_hands_accepted_sessions_to_another_communicator(serve, harness):
     assert acceptor.queue.statistics()["accepted"] == 4
 
 
+@only_pinned
 def test_thread_pins_listeners_clients_and_connections(serve, harness):
     """E2: with EventQueue(threads=3), each where it was put, and it stays there (I3)."""
     where = Log()
@@ -1031,6 +1034,7 @@ def test_thread_pins_listeners_clients_and_connections(serve, harness):
     assert sorted(where.items) == [(number, "leviathan-pin-%d" % number) for number in range(3)]
 
 
+@only_pinned
 def test_clients_are_spread_over_all_threads(serve):
     """E1: a pool of N threads is N epolls."""
     names = Log()
@@ -1376,16 +1380,15 @@ print(leviathan.run(server), signal.getsignal(signal.SIGTERM) == before,
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_run_and_handlers_are_restored(harness, number):
     """RULES, epoll 7."""
-    with subprocess.Popen([sys.executable, "-c", RUN % HERE], stdout=subprocess.PIPE) as process:
+    with Child("-c", RUN % HERE, stdout=subprocess.PIPE) as process:
         try:
             client = harness.connect(("127.0.0.1", int(process.stdout.readline())))
             client.sendall(frame(b"x"))
             assert read_frame(client) == b"x"
-            process.send_signal(number)
+            process.interrupt(number)
             assert process.stdout.readline().split() == [b"True", b"True", b"0"]
             assert process.wait(DEADLINE) == 0
             assert read_to_end(client) == b""
@@ -1394,6 +1397,7 @@ def test_a_signal_ends_run_and_handlers_are_restored(harness, number):
                 process.kill()
 
 
+@only_pinned
 def test_listener_and_clients_on_threads_of_their_own_choice(serve):
     """E2: the listener on one epoll, its clients on another."""
     names = []
