@@ -36,7 +36,8 @@ def main():
     never = queue.call_later(3600, print, "nobody waits for this")
     never.cancel()
     queue.call_later(args.seconds, done.set)
-    done.wait()
+    while not done.wait(0.2):               # Windows runs no signal handler during a wait without an end
+        pass
     ticker.cancel()
     queue.stop()                            # runs what is still posted, then ends the threads
     print("%(events)d events on %(threads)d threads" % queue.statistics())

