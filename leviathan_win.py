@@ -482,12 +482,13 @@ class Engine:
             self._refuse(session)
 
     def _own(self, session: Any, thread: Optional[int]) -> bool:
-        session.link = Link()
-        session.worker = self.choose(thread)
         with self.lock:
-            if not self.stopped:
-                self.owned.add(session)
-            return not self.stopped
+            if self.stopped:
+                return False
+            self.owned.add(session)
+            session.link = Link()
+            session.worker = self.choose(thread)            # last: from here on other threads may close it
+            return True
 
     def _refuse(self, session: Any) -> None:
         # The threads have ended, and a completion must not run inside of a verb: it gets a thread for itself.
@@ -808,10 +809,8 @@ class Worker:
         settled = False
         while True:
             with link.lock:
-                mail = link.mail
-                if mail:
-                    link.mail = []
-                elif settled:
+                mail, link.mail = link.mail, []
+                if settled and not mail:
                     link.owner = 0
                     return
             for function, args in mail:
