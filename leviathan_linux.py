@@ -1202,7 +1202,7 @@ class Worker:
             self.post(self._closed, session)        # behind the on_sent that are in the mail
 
     def _linger(self, session: Any, pause: float, left: float) -> None:
-        """Look again, after 10, 20, 40 ... ms, whether the peer's kernel has all; a delayed ACK takes 40 ms."""
+        """Look again, after 10, 20, 40 ... ms, whether the peer's system has all; a delayed ACK takes 40 ms."""
         if session.is_gone():
             return
         if left <= 0 or _unacknowledged(session.socket) <= 1:

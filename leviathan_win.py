@@ -578,7 +578,7 @@ class Engine:
         return timer
 
     def schedule(self, timer: Timer) -> None:
-        """Put a timer on the heap. A new first one wakes a worker, and that one the next (see Worker.tell)."""
+        """Put a timer on the heap. A new first one wakes a worker, and that one the next (see Worker._event)."""
         with self.lock:
             if timer.function is None:
                 return                      # cancelled by its own call
@@ -725,20 +725,6 @@ class Worker:
         if code != 258:                     # WAIT_TIMEOUT
             raise failure("GetQueuedCompletionStatusEx", code)
 
-    def _finished(self) -> bool:
-        """True when the thread may end; from then on nothing is taken any more."""
-        engine = self.engine
-        if not engine.stopping:
-            return False
-        with engine.lock:
-            if not (engine.ended or engine.owned or engine.listeners or engine.pending or engine.events):
-                engine.ended = True
-                for _ in engine.workers:
-                    engine.port.wake()
-        if not engine.ended:
-            self._turn_stopping()
-        return engine.ended
-
     def _turn_stopping(self) -> None:
         """While everything is ending: one packet at a time."""
         engine = self.engine
@@ -754,6 +740,20 @@ class Worker:
                 self._event()
         if monotonic() >= engine.due:
             self._run_timers(monotonic())
+
+    def _finished(self) -> bool:
+        """True when the thread may end; from then on nothing is taken any more."""
+        engine = self.engine
+        if not engine.stopping:
+            return False
+        with engine.lock:
+            if not (engine.ended or engine.owned or engine.listeners or engine.pending or engine.events):
+                engine.ended = True
+                for _ in engine.workers:
+                    engine.port.wake()
+        if not engine.ended:
+            self._turn_stopping()
+        return engine.ended
 
     def _call(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> None:
         """Call what was posted. Whatever it raises is reported and costs nothing else."""
@@ -1038,6 +1038,8 @@ class Worker:
         link = session.link
         link.receiving = False
         if not session.is_open():
+            if code and not link.cancelled:
+                self._receive_failed(session, failure("WSARecv", code))     # nobody is there for what is queued
             session.eof = session.eof or bool(code) or not count        # what came is thrown away
         elif code:
             self._receive_failed(session, failure("WSARecv", code))
