@@ -1923,6 +1923,7 @@ class _Interrupt:
         self._write.setblocking(False)
         self._before: Dict[int, Any] = {}
         self._wakeup_before: Optional[int] = None
+        self._console: Any = None
 
     def __enter__(self) -> _Interrupt:
         import signal
@@ -1932,9 +1933,14 @@ class _Interrupt:
                 if hasattr(signal, name):
                     number = getattr(signal, name)
                     self._before[number] = signal.signal(number, self._note)
+        self._console = _engine.Console(self._console_closed)
         with _closings.changed:
             _closings.wakers.append(self.wake)
         return self
+
+    def _console_closed(self) -> None:
+        self.signalled = True
+        self.wake()
 
     def _note(self, number: int, frame: Any) -> None:
         if not self.signalled:
@@ -1958,6 +1964,7 @@ class _Interrupt:
         import signal
         with _closings.changed:
             _closings.wakers.remove(self.wake)
+        self._console.close()
         if self._wakeup_before is not None:
             signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
@@ -2018,8 +2025,12 @@ class CommunicatorList:
             raise RuntimeError("a list cannot be stopped from a thread of its queues; close its Communicators instead")
         for communicator in self._communicators:
             communicator._close(Reason.SHUTDOWN)
+        end = time.monotonic() + timeout
         with _closings.changed:
-            drained = _closings.changed.wait_for(self._closed, timeout)
+            while not self._closed() and time.monotonic() < end:
+                # In slices: Windows runs the handler of a second Ctrl-C only between two waits.
+                _closings.changed.wait(min(0.25, max(0.0, end - time.monotonic())))
+            drained = self._closed()
         for queue in self._queues:
             queue.stop()
         return drained

@@ -157,6 +157,16 @@ class Wakeup:
             os.close(self._read)
 
 
+class Console:
+    """Tells when the program is to end because its console is closed: not here, where that is a signal, SIGHUP."""
+
+    def __init__(self, closing: Callable[[], None]) -> None:
+        pass
+
+    def close(self) -> None:
+        """Tell no more."""
+
+
 def _tune(sock: socket.socket, family: int) -> None:
     """Set what every stream has: no Nagle delay, and keepalive, so that a dead peer is noticed after two minutes.
 

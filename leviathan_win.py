@@ -71,6 +71,8 @@ FOREVER = float("inf")
 INFINITE = 0xFFFFFFFF
 IO_PENDING = 997                        # ERROR_IO_PENDING: the only error that means "it will complete"
 OPERATION_ABORTED = 995                 # ERROR_OPERATION_ABORTED: cancelled
+CTRL_CLOSE_EVENT = 2                    # wincon.h; 5 and 6: log-off and shutdown
+CONSOLE_PATIENCE = 30.0                 # seconds; longer than Windows waits
 SO_UPDATE_ACCEPT_CONTEXT = 0x700B       # mswsock.h
 SO_UPDATE_CONNECT_CONTEXT = 0x7010
 SIO_GET_EXTENSION_FUNCTION_POINTER = 0xC8000006
@@ -217,6 +219,37 @@ api: Any = Api() if sys.platform == "win32" else None           # the tests put 
 def failure(call: str, code: int) -> OSError:
     """What the system says about a call that failed: the call, the code, and Windows' text."""
     return OSError(_ERRNO.get(code, code), "%s failed: %s (Windows error %d)" % (call, api.text(code).strip(), code))
+
+
+class Console:
+    """Tells when the program is to end because its console is closed, its user logs off or the system shuts down.
+
+    Ctrl-C and Ctrl-Break are signals, SIGINT and SIGBREAK. For these here there is none; Windows calls a handler, on a
+    thread of its own, and ends the process when that returns, or after 5 seconds ("HandlerRoutine callback function").
+    """
+
+    def __init__(self, closing: Callable[[], None]) -> None:
+        self._closing = closing
+        self._called = False
+        self._handler = CONSOLE_HANDLER(self._handle)
+        api.SetConsoleCtrlHandler(self._handler, True)      # without a console, in a service, it is never called
+
+    def _handle(self, event: int) -> int:
+        if event < CTRL_CLOSE_EVENT:
+            return 0
+        self._called = True
+        _HANDLERS.append(self._handler)
+        self._closing()
+        threading.Event().wait(CONSOLE_PATIENCE)            # the program ends by itself meanwhile
+        return 1
+
+    def close(self) -> None:
+        """Tell no more."""
+        if not self._called:
+            api.SetConsoleCtrlHandler(self._handler, False)
+
+
+_HANDLERS: List[Any] = []               # those that Windows is calling: they must live as long as the process
 
 
 def _tune(sock: socket.socket, family: int) -> None:
@@ -437,6 +470,8 @@ class Engine:
 
         Sets listener.socket and listener.worker. *thread* pins the listener to one worker (E2).
         """
+        if self.stopped:                    # looked at again below, with the lock; the port may be closed already
+            raise OSError(errno.ESHUTDOWN, "the queue has stopped")
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             # SO_REUSEADDR would let another process take the port over (RULES: IOCP 11).
