@@ -1117,7 +1117,7 @@ def test_call_later_in_order_of_time(harness):
     for seconds in (0.06, 0.02, 0.04, 0, -1):
         queue.call_later(seconds, ran.add, seconds)
     items = ran.wait(5)
-    assert time.monotonic() - began >= 0.06
+    assert time.monotonic() - began >= 0.06 - 1e-6      # a clock of whole ticks, and floats
     assert items[2:] == [0.02, 0.04, 0.06]
     assert set(items[:2]) == {0, -1}
 
