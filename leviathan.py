@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LeviathanError", "ConfigError", "FramingError", "PoolExhausted", "Reason", "Kind", "Framing", "LengthPrefix",
-    "TextLength", "Delimited", "FixedSize", "Raw", "Function", "SessionManager", "Session", "ConnectionList",
-    "EventQueue", "Communicator", "CommunicatorList", "Listener", "Connector", "run"]
+    "TextLength", "Delimited", "FixedSize", "Raw", "Function", "StatefulFraming", "SessionManager", "Session",
+    "ConnectionList", "EventQueue", "Communicator", "CommunicatorList", "Listener", "Connector", "run"]
 
 # Sources of the numbers below: MISSION B4 for the buffer classes, DESIGN section 4 for the water marks; the others
 # say where they come from.
@@ -232,9 +232,37 @@ class Framing:
 
         return received
 
+    def need(self, session: Session, buffer: Any, start: int, end: int, seen: int) -> int:
+        """What `parse` says, for a session that keeps an incomplete packet; a StatefulFraming may know more."""
+        return self.parse(buffer, start, end, seen)
+
     def too_long(self, size: int) -> FramingError:
         """The error for a packet of *size* bytes."""
         return FramingError("a packet of %d bytes is over max_packet (%d)" % (size, self.max_packet))
+
+
+class StatefulFraming(Framing):
+    """A framing that remembers something of each connection, in `session.protocol`, and takes part in its life.
+
+    All but `send` are called on the session's own thread. A subclass overrides what it needs; `receiver` as well, where
+    what is received has to be read with the session's state.
+    """
+
+    def begin(self, session: Session) -> None:
+        """The connection is there; on_connect comes next."""
+
+    def send(self, session: Session, packet: Any, on_sent: Optional[OnSent]) -> bool:
+        """What Session.send does; any thread. What it queues it queues by `session.write`."""
+        return session.write(self.encode(packet), on_sent)
+
+    def refuse(self, session: Session, error: BaseException) -> None:
+        """The peer broke the protocol or was too slow, and is closed behind what is queued now: tell it why."""
+
+    def ended(self, session: Session) -> None:
+        """The peer sends no more; what was received of an incomplete packet is still in the RecvBuf."""
+
+    def closed(self, session: Session) -> None:
+        """The connection is gone; on_disconnect comes next."""
 
 
 def _check_max(max_packet: int, least: int = 1) -> int:
@@ -1053,6 +1081,24 @@ class Session(Channel):
         self.end(False, Reason.OVERFLOW, None)
 
 
+class StatefulSession(Session):
+    """A session of a StatefulFraming; `protocol` is that framing's own."""
+
+    __slots__ = ("protocol", "stateful")
+
+    protocol: Any
+    stateful: StatefulFraming           # communicator.framing
+
+    def __init__(self, communicator: Communicator, index: int, kind: Kind, peer: Any) -> None:
+        super().__init__(communicator, index, kind, peer)
+        self.protocol = None
+        self.stateful = communicator.framing            # type: ignore[assignment]
+
+    def send(self, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
+        """Send *packet* as the framing does. Any thread; never waits. Otherwise like Session.send."""
+        return self.stateful.send(self, packet, on_sent)
+
+
 def _unix_family() -> int:
     """AF_UNIX. Raises OSError on Windows, whose Python has no unix sockets."""
     if not hasattr(socket, "AF_UNIX"):
@@ -1086,10 +1132,20 @@ def _failed(session: Session, error: BaseException) -> None:
     peer = _address_text(session.peer)
     if isinstance(error, FramingError):
         _log().warning("%s broke the protocol: %s; closing it", peer, error)
-        session.end(True, Reason.PROTOCOL, error)
+        _end_telling(session, Reason.PROTOCOL, error)
     else:
         _log().error("a callback failed for %s; closing it", peer, exc_info=error)
         session.end(True, Reason.ERROR, error)          # replies to earlier packets still leave
+
+
+def _end_telling(session: Session, reason: Reason, error: BaseException) -> None:
+    """Close for what the peer did, and have its framing tell it why, if it is one that does."""
+    if isinstance(session, StatefulSession) and session.is_open():
+        try:
+            session.stateful.refuse(session, error)
+        except BaseException as problem:
+            _Core.on_failed(session.stateful.refuse, problem)
+    session.end(True, reason, error)
 
 
 def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
@@ -1107,7 +1163,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
     if start or not session.since:
         session.since = time.monotonic()
     try:
-        need = session.communicator.framing.parse(buffer, start, end, 0 if start else session.seen)
+        need = session.communicator.framing.need(session, buffer, start, end, 0 if start else session.seen)
         session.need = need
         session.seen = 0 if session.paused else have
         least = manager.recv_buffer
@@ -1195,7 +1251,7 @@ class _Core:
         communicator = listener.serve
         if isinstance(address, tuple):
             address = (sys.intern(address[0]),) + address[1:2]      # one string for all connections from a host
-        session = Session(communicator, listener.reserved, Kind.CLIENT, address or listener.address)
+        session = communicator._session(communicator, listener.reserved, Kind.CLIENT, address or listener.address)
         communicator.sessions._add(session)
         communicator.queue.engine.attach(session, sock, listener.client_thread)
 
@@ -1210,6 +1266,8 @@ class _Core:
             session.end(True, communicator._closed_for, None)
             return
         session.opened = True
+        if isinstance(session, StatefulSession):
+            _guarded(session, session.stateful.begin)
         on_connect = communicator.on_connect
         if on_connect is not None:
             _guarded(session, on_connect)
@@ -1218,6 +1276,8 @@ class _Core:
     def on_eof(session: Session) -> None:
         """The peer sends no more."""
         session.eof = True
+        if isinstance(session, StatefulSession):
+            _guarded(session, session.stateful.ended)
         if session.filled:
             error = FramingError("the connection ended inside of a packet, after %d bytes of it" % session.filled)
             session.end(True, Reason.ERROR, error)
@@ -1250,6 +1310,8 @@ class _Core:
             for _, callback in marks.queue:
                 _guarded(session, callback, False)
         communicator.sessions._remove(session)
+        if session.opened and isinstance(session, StatefulSession):
+            _guarded(session, session.stateful.closed)
         reason = session.reason or Reason.NORMAL
         try:
             if session.opened and communicator.on_disconnect is not None:
@@ -1507,6 +1569,7 @@ class Communicator:
         if not 0 <= low_water <= high_water <= send_limit:
             raise ValueError("it must be 0 <= low_water <= high_water <= send_limit")
         self.framing: Framing = framing
+        self._session = StatefulSession if isinstance(framing, StatefulFraming) else Session
         self.on_connect = _watched(on_connect)
         self.on_disconnect = _watched(on_disconnect)
         self.on_eof = _watched(on_eof)
@@ -1677,7 +1740,10 @@ class Communicator:
                 error = TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
             else:
                 continue
-            session.end(not session.backlog, Reason.TIMEOUT, error)
+            if isinstance(session, StatefulSession) and not session.backlog:
+                session._on_owner(_end_telling, session, Reason.TIMEOUT, error)
+            else:
+                session.end(not session.backlog, Reason.TIMEOUT, error)
 
 
 class Connector:
@@ -1802,7 +1868,8 @@ class Connector:
             self._attempt_failed(number, PoolExhausted("no session is free (SESSION_MAX %d)"
                                                        % communicator.manager.max_sessions))
             return
-        session = Session(communicator, index, Kind.SERVER, found[1][:2] if isinstance(found[1], tuple) else found[1])
+        address = found[1][:2] if isinstance(found[1], tuple) else found[1]
+        session = communicator._session(communicator, index, Kind.SERVER, address)
         session.connector = self
         if self.tag is not None:
             session.tag = self.tag

@@ -1,10 +1,12 @@
 """Framings on bytes alone (H1, H2, H4): no socket, no thread."""
 import random
+import socket
 import struct
 
 import pytest
 
 import leviathan
+from conftest import read_exactly, read_to_end
 from leviathan import Delimited, FixedSize, FramingError, Function, LengthPrefix, Raw, TextLength
 
 CONTENTS = [b"hello", b"", b"x", b"a" * 40, b"\0\xff,:\n", b"12,34", b"", b"last"]
@@ -442,3 +444,55 @@ def test_text_length_looks_at_no_more_than_its_digits():
     buffer = Counted(b"1000000," + b"x" * 100000)
     assert framing.parse(buffer, 0, 100008) == 1000008
     assert buffer.taken <= 10
+
+
+class Numbered(leviathan.StatefulFraming):
+    """Lines, answered with their number; for the seam alone."""
+
+    def __init__(self):
+        self.lines = Delimited(b"\n")
+        self.told = []
+
+    def parse(self, buffer, start, end, seen=0):
+        return self.lines.parse(buffer, start, end, seen)
+
+    def decode(self, buffer, start, stop):
+        return self.lines.decode(buffer, start, stop)
+
+    def begin(self, session):
+        session.protocol = [0]
+
+    def send(self, session, packet, on_sent):
+        session.protocol[0] += 1
+        return session.write(b"%d %s\n" % (session.protocol[0], packet), on_sent)
+
+    def refuse(self, session, error):
+        session.write(b"refused: %s\n" % type(error).__name__.encode())
+
+    def ended(self, session):
+        self.told.append("ended")
+
+    def closed(self, session):
+        self.told.append("closed")
+
+
+def test_a_stateful_framing_has_its_own_of_each_session(harness):
+    framing = Numbered()
+    server = harness.serve(framing, packet_timeout=0.2)
+    first, second = server.client(), server.client()
+    first.sendall(b"a\nb\n")
+    second.sendall(b"c\n")
+    assert read_exactly(first, 8) == b"1 a\n2 b\n" and read_exactly(second, 4) == b"1 c\n"
+    first.sendall(b"x" * 70000)
+    assert read_to_end(first) == b"refused: FramingError\n"
+    second.sendall(b"never ends")
+    assert read_to_end(second) == b"refused: TimeoutError\n"
+    first.close()
+    second.close()
+    server.ended.wait(2)
+    third = server.client()
+    third.sendall(b"d\n")
+    third.shutdown(socket.SHUT_WR)
+    assert read_to_end(third) == b"1 d\n"
+    server.ended.wait(3)
+    assert framing.told == ["closed", "closed", "ended", "closed"]
