@@ -2,6 +2,7 @@
 
 A case names contenders and a function ``measure(contender, case, settings)`` that measures one of them once and returns
 {name of a figure: number}. All else, rounds, ratios and tables, is alike for all and lives in run.py and report.py.
+What is here runs on Linux; windows.py has the tables for Windows' API, under Wine.
 """
 from collections import namedtuple
 
@@ -14,6 +15,16 @@ SUBJECT = "leviathan"
 PROTOCOLS = ["leviathan", "uvloop-natural", "uvloop-joined", "asyncio-natural"]
 EVERYONE = PROTOCOLS + ["asyncio-natural+malloc", "uvloop-streams", "asyncio-streams", "gevent", "twisted",
                         "socketserver", "c"]
+
+
+# What one run of run.py is about. document: the name of its files in docs/. cases, targets: the tables. reference: the
+# contender that is 1.0 in the picture. title, subtitle: the picture's. introduction: of the document. prepare(say):
+# makes what the servers need, raises Unavailable. machine(), versions(): what the figures depend on, {what: text}.
+Suite = namedtuple("Suite", "document cases targets reference title subtitle introduction prepare machine versions")
+
+
+class Unavailable(Exception):
+    """A suite cannot run on this machine; the message says what is missing and what to do about it."""
 
 
 class Case:
@@ -47,12 +58,15 @@ class Case:
 # ---- how each is measured ----------------------------------------------------------------------------------------
 
 
-def measure_echo(contender, case, settings):
+ECHO_FIGURES = ("msgs_per_s", "p50_us", "p90_us", "p99_us", "p999_us", "max_us", "busy", "wineserver_busy")
+
+
+def measure_echo(contender, case, settings, start=Server):
     """Messages per second and round-trip times."""
-    with Server(contender, pinned=case.parameters.get("pinned", True)) as server:
+    with start(contender, pinned=case.parameters.get("pinned", True)) as server:
         result = server.load("echo", conns=case.parameters["conns"], size=case.parameters["size"],
                              window=case.parameters["window"], seconds=settings.seconds, warmup=settings.warmup)
-    return {key: result[key] for key in ("msgs_per_s", "p50_us", "p90_us", "p99_us", "p999_us", "max_us", "busy")}
+    return {key: result[key] for key in ECHO_FIGURES if key in result}
 
 
 def measure_idle(contender, case, settings):

@@ -1,16 +1,15 @@
 """Draws docs/benchmarks.svg: a panel of bars per case, leviathan's among them in its own colour.
 
-Throughput is relative to a natural uvloop program, whose 1.0 is a line through each panel; each panel has its own
-scale, and each bar its number. The file stands alone (no script, no font, no reference) and has its own ground, light
-or dark as the reader's system is set.
+Throughput is relative to the suite's reference, a natural program, whose 1.0 is a line through each panel; each panel
+has its own scale, and each bar its number. The file stands alone (no script, no font, no reference) and has its own
+ground, light or dark as the reader's system is set.
 """
 from statistics import median
 from xml.sax.saxutils import escape
 
 import report
-from cases import CASES, SUBJECT
+from cases import SUBJECT
 
-REFERENCE = "uvloop-natural"
 COLUMNS = 2
 WIDTH, PANEL, MARGIN, GAP = 880, 412, 18, 20    # of the picture, of a panel, around and between panels; pixels
 TOP = 92                                # what the picture's own heading takes
@@ -52,11 +51,11 @@ class Panel:
         self.height = HEAD + PITCH * len(bars) + 8
 
 
-def throughput_panel(case, result):
+def throughput_panel(case, result, reference):
     """Messages per second relative to the reference, without the C server, the ceiling, which would dwarf the rest."""
     bars = []
     for contender in case.contenders:
-        values = report.ratios(result, contender, REFERENCE, case.figure)
+        values = report.ratios(result, contender, reference, case.figure)
         if values and contender != "c":
             bars.append((contender, median(values)))
     return Panel(case.name, case.title, bars, 1.0, "ratio")
@@ -69,15 +68,17 @@ def plain_panel(case, result, heading, subheading):
     return Panel(heading, subheading, bars, None, "count" if max(value for _, value in bars) >= 100 else "number")
 
 
-def panels(results):
+def panels(suite, results):
     """The panels of the cases there are results for."""
     made = []
-    for case in CASES:
+    for case in suite.cases:
         result = results["cases"].get(case.name)
         if result is None or not result["samples"]:
             continue
-        if case.name.startswith("echo") and REFERENCE in result["samples"]:
-            made.append(throughput_panel(case, result))
+        if case.name.startswith("echo") and suite.reference in result["samples"]:
+            made.append(throughput_panel(case, result, suite.reference))
+        elif case.name.startswith("calls"):
+            made.append(plain_panel(case, result, case.name, "Windows calls per message; less is better"))
         elif case.name == "idle":
             made.append(plain_panel(case, result, "memory", "bytes per idle connection; less is better"))
         elif case.name == "import":
@@ -90,14 +91,8 @@ def text(x, y, content, classes=""):
     return '<text x="%.1f" y="%.1f" class="%s">%s</text>' % (x, y, classes, escape(content))
 
 
-def bar_class(name):
-    """Leviathan and the reference stand out."""
-    return {SUBJECT: "ours", REFERENCE: "reference"}.get(name, "")
-
-
-def draw_bar(panel, x, y, scale, name, value):
-    """A name, its bar and its number."""
-    kind = bar_class(name)
+def draw_bar(panel, x, y, scale, name, value, kind):
+    """A name, its bar and its number; leviathan and the reference stand out."""
     length = max(1.0, value * scale)
     return [text(x + NAMES - 8, y + BAR - 2, name, "right " + kind),
             '<rect x="%.1f" y="%.1f" width="%.1f" height="%d" rx="2" class="bar %s"/>'
@@ -105,13 +100,13 @@ def draw_bar(panel, x, y, scale, name, value):
             text(x + PANEL - 16, y + BAR - 2, report.FORMATS[panel.form](value), "right " + kind)]
 
 
-def draw_panel(panel, x, y):
+def draw_panel(panel, x, y, kinds):
     """One panel with its upper left corner at (x, y)."""
     scale = (PANEL - NAMES - VALUES) / max(max(value for _, value in panel.bars), panel.mark or 0)
     parts = ['<rect x="%.1f" y="%.1f" width="%d" height="%d" rx="6" class="panel"/>' % (x, y, PANEL, panel.height),
              text(x + 14, y + 22, panel.heading, "case"), text(x + 14, y + 39, panel.subheading, "soft")]
     for i, (name, value) in enumerate(panel.bars):
-        parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value)
+        parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value, kinds.get(name, ""))
     if panel.mark:
         at = x + NAMES + panel.mark * scale
         parts.append('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" class="line"/>'
@@ -119,20 +114,20 @@ def draw_panel(panel, x, y):
     return parts
 
 
-def draw(results):
+def draw(suite, results):
     """Return the picture as the text of an SVG file."""
+    kinds = {SUBJECT: "ours", suite.reference: "reference"}
     parts, ends = [], [TOP] * COLUMNS
-    for panel in panels(results):
+    for panel in panels(suite, results):
         column = ends.index(min(ends))
-        parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column])
+        parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column], kinds)
         ends[column] += panel.height + GAP
     height = max(ends)
-    heading = [text(MARGIN, 38, "leviathan and its peers", "title"),
-               text(MARGIN, 60, "Echo of length-prefixed packets on one core: messages per second, a natural uvloop "
-                    "program being 1.0. More is better.", "soft"),
+    heading = [text(MARGIN, 38, suite.title, "title"), text(MARGIN, 60, suite.subtitle, "soft"),
                text(MARGIN, 77, "%s, %s" % (results["machine"]["processor"],
                                             ", ".join("%s %s" % pair for pair in results["versions"].items())), "soft")]
     frame = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
-             % (WIDTH, height, WIDTH, height), "<title>leviathan and its peers: throughput relative to uvloop</title>",
+             % (WIDTH, height, WIDTH, height),
+             "<title>%s: throughput relative to %s</title>" % (suite.title, suite.reference.partition("-")[0]),
              "<style>%s</style>" % STYLE, '<rect width="100%" height="100%" rx="8" class="ground"/>']
     return "\n".join(frame + heading + parts + ["</svg>"]) + "\n"

@@ -1,10 +1,11 @@
 """Starts servers and load, each on its own core, and looks at the server's memory and processor time.
 
-Nothing here knows a case or prints a result: see cases.py and run.py.
+Nothing here knows a case or prints a result: see cases.py and run.py. Servers under Wine: windows.py.
 """
 import fcntl
 import json
 import os
+import platform
 import re
 import select
 import signal
@@ -59,6 +60,23 @@ def pinning(which):
     return lambda: os.sched_setaffinity(0, {both[which]})
 
 
+def processor():
+    """The model name of the processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def machine(pinned="server and load generator on a core each"):
+    """What the figures depend on besides the programs."""
+    where = pinned if cores() else "not pinned, less than two cores"
+    return {"processor": processor(), "cores": "%d (%s)" % (os.cpu_count(), where),
+            "kernel": "%s %s" % (platform.system(), platform.release())}
+
+
 def load_arguments(server, mode, options):
     """The command line of the load generator."""
     arguments = [compiled("load.c"), mode, "127.0.0.1", str(server.port)]
@@ -84,12 +102,10 @@ class Server:
         if threads:
             self.command += ["--threads", threads]
         self.port = None
+        self.watch = []         # a command that runs the load generator and observes something meanwhile
 
     def __enter__(self):
-        self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.errors,
-                                        stdin=subprocess.DEVNULL, preexec_fn=pinning(0 if self.pinned else None),
-                                        env=self.environment)
+        self.process = self.spawn()
         try:
             self.port = self._wait_ready()
         except BaseException:
@@ -100,24 +116,34 @@ class Server:
     def __exit__(self, *exc_info):
         self.stop()
 
+    def spawn(self):
+        """Start the process."""
+        self.errors = tempfile.TemporaryFile()
+        return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.errors, stdin=subprocess.DEVNULL,
+                                preexec_fn=pinning(0 if self.pinned else None), env=self.environment)
+
     def _wait_ready(self):
         """Return the port of the ready line; raise what came instead of it."""
         line = ""
         if select.select([self.process.stdout], [], [], READY_WITHIN)[0]:
-            line = self.process.stdout.readline().decode()
+            line = self.process.stdout.readline().decode().rstrip()
         found = re.match(r"ready \S+ 127\.0\.0\.1:(\d+)$", line)
         if found:
             return int(found.group(1))
         if line.startswith("missing"):
-            raise Missing(line.partition(": ")[2].strip())
+            raise Missing(line.partition(": ")[2])
         self.stop()
         raise Failed("did not get ready" + self.last_words())
 
     def last_words(self):
         """The last line the process wrote to stderr, to be added to a message."""
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        lines = self.error_text().decode(errors="replace").strip().splitlines()
         return ": " + lines[-1] if lines else ""
+
+    def error_text(self):
+        """What it wrote to stderr."""
+        self.errors.seek(0)
+        return self.errors.read()
 
     def stop(self):
         """Ask it to stop, kill it if it does not."""
@@ -138,8 +164,8 @@ class Server:
         load generator, or another program, was what limited it.
         """
         before, begun = self.cpu_seconds(), time.perf_counter()
-        done = subprocess.run(load_arguments(self, mode, options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, preexec_fn=pinning(1 if self.pinned else None))
+        done = subprocess.run(self.watch + load_arguments(self, mode, options), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=pinning(1 if self.pinned else None))
         took = time.perf_counter() - begun
         if done.returncode or self.process.poll() is not None:
             raise Failed(done.stderr.decode().strip() + self.last_words())
@@ -151,10 +177,8 @@ class Server:
         return result
 
     def cpu_seconds(self):
-        """Processor time used so far, by all threads (proc(5): fields 14 and 15 of stat, in clock ticks)."""
-        with open("/proc/%d/stat" % self.process.pid) as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time used so far, by all threads."""
+        return cpu_seconds(self.process.pid)
 
     def memory(self):
         """Bytes of memory held now: {"rss": resident, "pss": the same, shared pages counted in part}."""
@@ -187,6 +211,13 @@ class IdleClients:
 
     def __exit__(self, *exc_info):
         self.process.communicate()
+
+
+def cpu_seconds(pid):
+    """Processor time that a process has used so far (proc(5): fields 14 and 15 of stat, in clock ticks)."""
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def read_sizes(path):

@@ -1,6 +1,6 @@
 """Turns results into tables, into the verdict on each target, and into docs/benchmarks.md.
 
-Results are plain data, as they are kept in docs/benchmarks.json:
+Results are plain data, as they are kept in docs/benchmarks.json (and docs/benchmarks-windows.json):
 
     {"machine": {what: text}, "versions": {what: text},
      "cases": {case: {"measured": date, "command": text, "seconds": number, "quick": bool,
@@ -11,18 +11,14 @@ All is worked out from the samples here; nothing derived is kept.
 """
 from statistics import median
 
-from cases import CASES, SUBJECT, TARGETS
+from cases import SUBJECT
 
-INTRODUCTION = """# Benchmarks
-
-Made by `python benchmarks/run.py --write`; do not edit. What is measured and how to read it is told in
-[benchmarks/README.md](../benchmarks/README.md).
-
-![Throughput relative to uvloop](benchmarks.svg)
+HEAD = """%s
 
 Figures are medians over the rounds, with the least and the greatest in brackets. A ratio is taken within each round,
 between measurements a few seconds apart, and then summed up the same way: it holds where absolute figures drift.
-"""
+
+%s"""
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -156,10 +152,10 @@ def target_values(target, results):
     return ratios(result, SUBJECT, target.peer, target.figure)
 
 
-def target_table(results, only=None):
+def target_table(suite, results, only=None):
     """All targets, or those of some cases, with what was measured and the verdict."""
     rows = []
-    for target in TARGETS:
+    for target in suite.targets:
         if only is None or target.case in only:
             values = target_values(target, results)
             form = "ratio" if target.peer else "number"
@@ -171,9 +167,9 @@ def target_table(results, only=None):
 # ---- the document ------------------------------------------------------------------------------------------------
 
 
-def document(results):
-    """The text of docs/benchmarks.md."""
+def document(suite, results):
+    """The text of docs/benchmarks.md, or benchmarks-windows.md."""
     facts = ["- %s: %s" % pair for pair in list(results["machine"].items()) + list(results["versions"].items())]
-    parts = [INTRODUCTION + "\n" + "\n".join(facts), "## Targets\n\n" + target_table(results)]
-    parts += [case_report(case, results["cases"][case.name]) for case in CASES if case.name in results["cases"]]
+    parts = [HEAD % (suite.introduction, "\n".join(facts)), "## Targets\n\n" + target_table(suite, results)]
+    parts += [case_report(case, results["cases"][case.name]) for case in suite.cases if case.name in results["cases"]]
     return "\n\n".join(parts) + "\n"

@@ -9,17 +9,26 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import time
 
 from build import compiled
-from cases import CASES, Settings
-from harness import HERE, ROOT, Failed, Missing, cores, machine_to_itself
+from cases import CASES, TARGETS, Settings, Suite, Unavailable
+from harness import HERE, ROOT, Failed, Missing, machine, machine_to_itself
+from windows import WINE
 import chart
 import report
 
 DOCS = os.path.join(ROOT, "docs")
-KEPT = os.path.join(DOCS, "benchmarks.json")
+UNAVAILABLE = 3         # the exit status if the suite cannot run here
+
+INTRODUCTION = """# Benchmarks
+
+Made by `python benchmarks/run.py --write`; do not edit. What is measured and how to read it is told in
+[benchmarks/README.md](../benchmarks/README.md).
+
+![Throughput relative to uvloop](benchmarks.svg)"""
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -64,24 +73,7 @@ def chosen_contenders(case, names):
     return [name for name in case.contenders if not names or name in names or re.split("[:+]", name)[0] in names]
 
 
-# ---- where and with what -----------------------------------------------------------------------------------------
-
-
-def processor():
-    """The model name of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def machine():
-    """What the figures depend on besides the programs."""
-    pinned = "server and load generator on a core each" if cores() else "not pinned, less than two cores"
-    return {"processor": processor(), "cores": "%d (%s)" % (os.cpu_count(), pinned),
-            "kernel": "%s %s" % (platform.system(), platform.release())}
+# ---- the suite, and with what it runs ----------------------------------------------------------------------------
 
 
 def versions():
@@ -96,31 +88,41 @@ def versions():
     return found
 
 
-def kept_results():
+LINUX = Suite("benchmarks", CASES, TARGETS, "uvloop-natural", "leviathan and its peers",
+              "Echo of length-prefixed packets on one core: messages per second, a natural uvloop program being 1.0. "
+              "More is better.", INTRODUCTION, lambda say: None, machine, versions)
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------------
+
+
+def kept_results(suite):
     """What the last run with --write kept, or None."""
     try:
-        with open(KEPT, encoding="utf-8") as file:
+        with open(os.path.join(DOCS, suite.document + ".json"), encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
         return None
 
 
-def merged(results):
+def merged(suite, results):
     """These results, and the kept ones of cases not run now, if they are from the same machine and versions."""
-    kept = kept_results()
+    kept = kept_results(suite)
     if kept is None or any(kept[key] != results[key] for key in ("machine", "versions")):
         return results
     return dict(results, cases=dict(kept["cases"], **results["cases"]))
 
 
-def write_documents(results):
+def write_documents(suite, results):
     """Write docs/benchmarks.json, .md and .svg."""
     os.makedirs(DOCS, exist_ok=True)
-    texts = {"json": json.dumps(results, indent=1) + "\n", "md": report.document(results), "svg": chart.draw(results)}
+    texts = {"json": json.dumps(results, indent=1) + "\n", "md": report.document(suite, results),
+             "svg": chart.draw(suite, results)}
     for suffix, text in texts.items():
-        with open(os.path.join(DOCS, "benchmarks." + suffix), "w", encoding="utf-8") as file:
+        name = "%s.%s" % (suite.document, suffix)
+        with open(os.path.join(DOCS, name), "w", encoding="utf-8") as file:
             file.write(text)
-        progress("written: docs/benchmarks." + suffix)
+        progress("written: docs/" + name)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -128,20 +130,28 @@ def write_documents(results):
 
 def parse_arguments(arguments=None):
     """Read the command line."""
-    names = [case.name for case in CASES]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="cases: " + ", ".join(names))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
+                                     epilog="cases: %s; with --wine: %s" % tuple(map(case_names, (LINUX, WINE))))
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all, if none is named")
     parser.add_argument("--rounds", type=int, default=0, help="turns each server has (default 5, with --quick 2)")
     parser.add_argument("--seconds", type=float, default=0, help="measured each time (default 1, with --quick 0.5)")
     parser.add_argument("--servers", default="", metavar="A,B", help="only these take part")
     parser.add_argument("--quick", action="store_true", help="a short run that shows the order of things")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, .svg and .json")
+    parser.add_argument("--wine", action="store_true", help="measure on Windows' API under Wine, and --write, --remake "
+                        "docs/benchmarks-windows.md, .svg and .json")
     parser.add_argument("--remake", action="store_true", help="only write the .md and .svg of the kept .json anew")
     options = parser.parse_args(arguments)
-    unknown = set(options.cases) - set(names)
+    options.suite = WINE if options.wine else LINUX
+    unknown = set(options.cases) - {case.name for case in options.suite.cases}
     if unknown:
-        parser.error("no such case: %s; there are %s" % (", ".join(sorted(unknown)), ", ".join(names)))
+        parser.error("no such case: %s; there are %s" % (", ".join(sorted(unknown)), case_names(options.suite)))
     return options
+
+
+def case_names(suite):
+    """The names of a suite's cases in one line."""
+    return ", ".join(case.name for case in suite.cases)
 
 
 def measure(options):
@@ -150,8 +160,10 @@ def measure(options):
                         .2 if options.quick else .3, options.quick)
     compiled("load.c")      # now, not while something is measured
     servers = [name for name in options.servers.split(",") if name]
-    results = {"machine": machine(), "versions": versions(), "cases": {}}
-    for case in CASES:
+    suite = options.suite
+    suite.prepare(progress)
+    results = {"machine": suite.machine(), "versions": suite.versions(), "cases": {}}
+    for case in suite.cases:
         if not options.cases or case.name in options.cases:
             result = measure_case(case, chosen_contenders(case, servers), settings)
             results["cases"][case.name] = result
@@ -167,18 +179,25 @@ def command():
 def main():
     """Measure and report."""
     options = parse_arguments()
+    suite = options.suite
     if options.remake:
-        results = kept_results()
+        results = kept_results(suite)
         if results is None:
-            sys.exit("there is no docs/benchmarks.json to remake the report from: run with --write")
-        write_documents(results)
+            sys.exit("there is no docs/%s.json to remake the report from: run with --write" % suite.document)
+        write_documents(suite, results)
         return
-    results = measure(options)
-    targets = report.target_table(results, results["cases"])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))     # so that the server ends too
+    try:
+        results = measure(options)
+    except Unavailable as unavailable:
+        progress(unavailable)
+        sys.exit(UNAVAILABLE)
+    targets = report.target_table(suite, results, results["cases"])
     if targets:
         print("## Targets\n\n" + targets)
     if options.write:
-        write_documents(merged(results))
+        write_documents(suite, merged(suite, results))
     if any(result["failed"] for result in results["cases"].values()):
         sys.exit(1)
 

@@ -8,6 +8,9 @@ do by themselves), all refuse a length above ``--max-packet``; only the C server
 When a server listens it prints one line, ``ready NAME 127.0.0.1:PORT``. If its library is not installed it prints
 ``missing NAME: why`` instead and exits with status 3. With ``--broadcast`` each packet goes to every connection instead
 of back to its sender, where a server can do that.
+
+The file runs on Linux and on Windows' Python; proactor (asyncio's) and winloop exist on Windows only. There ``--counted``
+counts the calls of the system: see calls.py.
 """
 import argparse
 import os
@@ -50,7 +53,6 @@ def listening_socket(port):
 
 def serve_leviathan(options):
     """The echo of leviathan's own README, on as many threads as asked for (0: its default)."""
-    sys.path.insert(0, os.path.dirname(HERE))
     import leviathan
 
     def echo(session, packet):
@@ -67,11 +69,11 @@ def serve_leviathan(options):
     leviathan.run(server)
 
 
-# ---- asyncio and uvloop, protocols -------------------------------------------------------------------------------
+# ---- asyncio, uvloop and winloop, protocols ----------------------------------------------------------------------
 
 
 def natural_protocol(options):
-    """The Protocol class a competent author writes for this job; it runs on asyncio and on uvloop alike."""
+    """The Protocol class a competent author writes for this job; it runs on every event loop alike."""
     import asyncio
     max_packet = options.max_packet
     pack, unpack_from = HEADER.pack, HEADER.unpack_from
@@ -152,6 +154,12 @@ def run_loop(options, main):
     if options.name.startswith("uvloop"):
         import uvloop
         loop = uvloop.new_event_loop()
+    elif options.name.startswith("winloop"):
+        import winloop
+        loop = winloop.new_event_loop()
+    elif options.name.startswith("proactor"):
+        from asyncio import ProactorEventLoop       # Windows alone has it
+        loop = ProactorEventLoop()
     else:
         loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -159,7 +167,7 @@ def run_loop(options, main):
 
 
 def serve_protocol(options):
-    """A Protocol on asyncio or on uvloop."""
+    """A Protocol on asyncio, on uvloop or on winloop."""
     import asyncio
     factory = natural_protocol(options)
 
@@ -312,6 +320,10 @@ SERVERS = {
     "asyncio-natural": serve_protocol,
     "asyncio-joined": serve_protocol,
     "asyncio-streams": serve_streams,
+    "proactor-natural": serve_protocol,
+    "proactor-joined": serve_protocol,
+    "winloop-natural": serve_protocol,
+    "winloop-joined": serve_protocol,
     "gevent": serve_gevent,
     "twisted": serve_twisted,
     "socketserver": serve_socketserver,
@@ -328,6 +340,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--threads", type=int, default=0, help="leviathan only; 0, the default: its own default")
     parser.add_argument("--max-packet", type=int, default=128 << 20, metavar="BYTES")
     parser.add_argument("--broadcast", action="store_true", help="send each packet to all: " + ", ".join(BROADCASTING))
+    parser.add_argument("--counted", action="store_true", help="Windows only: answer each line on stdin by the calls so far")
     options = parser.parse_args(arguments)
     if options.broadcast and options.name not in BROADCASTING:
         parser.error("%s has no --broadcast" % options.name)
@@ -338,7 +351,11 @@ def main():
     """Run one server until it is killed."""
     options = parse_arguments()
     raise_file_limit()
+    sys.path.insert(0, os.path.dirname(HERE))       # leviathan's folder
     try:
+        if options.counted:
+            import calls
+            calls.count(options.name)
         SERVERS[options.name](options)
     except ImportError as error:
         print("missing %s: %s" % (options.name, error), flush=True)

@@ -667,8 +667,8 @@ class EngineContract:
                     pass
 
             knocker = threading.Thread(target=knock)
-            knocker.start()
             before = self.record.count("on_accepted")
+            knocker.start()
             self.record.wait_for("on_accepted", before + 3)
             communicator.close()
             self.record.wait(lambda: not len(communicator.sessions), "the end of every session")
