@@ -667,14 +667,20 @@ class SessionManager:
         with self._lock:
             if self._memory + (1 << power) > self.memory_limit:
                 return None
-            self._memory += 1 << power
-            self._leased[power] += 1
-            self._peak[power] = max(self._peak[power], self._leased[power])
-            free = self._free.get(power)
-            if free:
-                return free.pop()
-            self._made[power] += 1
-        return Buffer(power, True)
+            buffer = self._claim(power)
+        return buffer or Buffer(power, True)
+
+    def _claim(self, power: int) -> Optional[Buffer]:
+        """Count one more of a class and give a free one; None: it is to be made, without the lock, which is held here."""
+        self._memory += 1 << power
+        leased = self._leased[power] = self._leased[power] + 1
+        if leased > self._peak[power]:
+            self._peak[power] = leased
+        free = self._free.get(power)
+        if free:
+            return free.pop()
+        self._made[power] += 1
+        return None
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a leased buffer. Who waits for memory is told."""
@@ -705,11 +711,17 @@ class SessionManager:
 
     def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
         """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""
+        size = len(data) - sent
+        power = _power(size)
+        buffer = None
         with self._lock:
             operation = self._operations.pop() if self._operations else Operation()
             self._operations_leased += 1
-        size = len(data) - sent
-        buffer = self.lease(size) if size <= min(COPY_MAX, self.memory_limit) else None
+            copied = size <= COPY_MAX and self._memory + (1 << power) <= self.memory_limit
+            if copied:
+                buffer = self._claim(power)
+        if copied and buffer is None:
+            buffer = Buffer(power, True)
         operation.session, operation.buffer = session, buffer
         if buffer is not None:
             buffer.view[:size] = memoryview(data)[sent:]
@@ -1598,7 +1610,8 @@ class Communicator:
 
         *host*: an IPv4 or IPv6 address or a name; "0.0.0.0" or "::" for all. *unix*: the path of a unix socket instead.
         *thread*: the number of the worker that accepts, *client_thread*: of the one that gets the sessions (E2); without it
-        that is *thread*, and without both they go round. *serve*: another Communicator that gets the sessions (I6).
+        that is *thread*, and without both they go round; a completion port picks threads itself and heeds neither.
+        *serve*: another Communicator that gets the sessions (I6).
         Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
         """
         serve = serve or self

@@ -841,18 +841,17 @@ class Worker:
     def _let_go(self, target: Any) -> None:
         """Do what came meanwhile, then what the target's state asks for; nothing may be left when it has no owner."""
         link = target.link
-        settled = False
         while True:
+            while link.mail:                # without the lock: what is overlooked here is seen below
+                with link.lock:
+                    mail, link.mail = link.mail, []
+                for function, args in mail:
+                    self._call(function, args)
+            self._call(self._settle, (target,))
             with link.lock:
-                mail, link.mail = link.mail, []
-                if settled and not mail:
+                if not link.mail:
                     link.owner = 0
                     return
-            for function, args in mail:
-                self._call(function, args)
-            settled = not mail
-            if settled:
-                self._call(self._settle, (target,))
 
     # -- owner thread: listeners --------------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ def measure_echo(contender, case, settings, start=Server):
     """Messages per second and round-trip times."""
     with start(contender, pinned=case.parameters.get("pinned", True)) as server:
         result = server.load("echo", conns=case.parameters["conns"], size=case.parameters["size"],
-                             window=case.parameters["window"], seconds=settings.seconds, warmup=settings.warmup)
+                             window=case.parameters["window"], seconds=settings.seconds,
+                             warmup=case.parameters.get("warmup", settings.warmup))
     return {key: result[key] for key in ECHO_FIGURES if key in result}
 
 

@@ -344,6 +344,8 @@ def parse_arguments(arguments=None):
     options = parser.parse_args(arguments)
     if options.broadcast and options.name not in BROADCASTING:
         parser.error("%s has no --broadcast" % options.name)
+    if options.counted and not (sys.platform == "win32" and options.name.startswith(("leviathan", "proactor", "winloop"))):
+        parser.error("--counted is for leviathan, the proactor and winloop, on Windows")
     return options
 
 
