@@ -479,7 +479,8 @@ class Engine:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)
-            sock.listen(backlog)
+            # Above 200 Windows takes the word SOMAXCONN only, for "as many as is reasonable" (listen, winsock2.h).
+            sock.listen(backlog if backlog <= 200 else socket.SOMAXCONN)
             self.port.join(sock)
         except OSError:
             sock.close()
