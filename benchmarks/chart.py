@@ -61,11 +61,12 @@ def throughput_panel(case, result, reference):
     return Panel(case.name, case.title, bars, 1.0, "ratio")
 
 
-def plain_panel(case, result, heading, subheading):
+def plain_panel(case, result, heading, subheading, form=None):
     """The figure of a case as it is."""
     bars = [(name, median(report.known(report.figures(result, name, case.figure)))) for name in case.contenders
             if report.known(report.figures(result, name, case.figure))]
-    return Panel(heading, subheading, bars, None, "count" if max(value for _, value in bars) >= 100 else "number")
+    form = form or ("count" if max(value for _, value in bars) >= 100 else "number")
+    return Panel(heading, subheading, bars, None, form)
 
 
 def panels(suite, results):
@@ -78,7 +79,7 @@ def panels(suite, results):
         if case.name.startswith("echo") and suite.reference in result["samples"]:
             made.append(throughput_panel(case, result, suite.reference))
         elif case.name.startswith("calls"):
-            made.append(plain_panel(case, result, case.name, "Windows calls per message; less is better"))
+            made.append(plain_panel(case, result, case.name, "Windows calls per message; less is better", "ratio"))
         elif case.name == "idle":
             made.append(plain_panel(case, result, "memory", "bytes per idle connection; less is better"))
         elif case.name == "import":

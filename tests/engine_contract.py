@@ -16,6 +16,7 @@ from collections import defaultdict
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import leviathan        # noqa: E402
+from conftest import read_exactly       # noqa: E402
 
 DEADLINE = float(os.environ.get("CONTRACT_DEADLINE", "5"))      # seconds that anything here may take
 VERBS = ("listen", "accept", "connect", "attach", "receive", "pause", "send", "close", "shutdown", "unlisten",
@@ -154,20 +155,34 @@ def stop_in_time(queue):
 
 
 class EngineContract:
-    """The suite. A subclass sets `module`, the engine's, and `pinned`: a session stays on one thread for its life."""
+    """The suite. A subclass sets `module`, the engine's, and `pinned`: a session stays on one thread for its life.
+
+    `settings`: {name in the module: its value during each test}.
+    """
 
     module = None
     pinned = True
+    settings = {}
 
     # -- the house ----------------------------------------------------------------------------------------------------
 
     def setup_method(self, method):
+        self.settings_before = {name: getattr(self.module, name) for name in self.settings}
+        for name, value in self.settings.items():
+            setattr(self.module, name, value)
         self.record = Record()
         self.manager = leviathan.SessionManager(max_sessions=200)
         self.queues, self.sockets, self.communicators = [], [], []
         self.threads_before = set(threading.enumerate())
 
     def teardown_method(self, method):
+        try:
+            self.check_that_nothing_is_left()
+        finally:
+            for name, value in self.settings_before.items():
+                setattr(self.module, name, value)
+
+    def check_that_nothing_is_left(self):
         for sock in self.sockets:
             sock.close()
         for queue in self.queues:
@@ -292,14 +307,7 @@ class EngineContract:
         queue.call_later(seconds, done.set)
         assert done.wait(DEADLINE + seconds)
 
-    @staticmethod
-    def read(sock, count):
-        data = bytearray()
-        while len(data) < count:
-            piece = sock.recv(min(1 << 16, count - len(data)))
-            assert piece, "the connection ended after %d of %d bytes" % (len(data), count)
-            data += piece
-        return bytes(data)
+    read = staticmethod(read_exactly)
 
     @staticmethod
     def read_to_end(sock):

@@ -22,17 +22,7 @@ TURNS = 10          # what nothing to do may cost in a tenth of a second; a loop
 
 class TestEpoll(EngineContract):
     module = leviathan_linux
-
-    def setup_method(self, method):
-        self.before = leviathan_linux.USE_EPOLL
-        leviathan_linux.USE_EPOLL = True        # even under LEVIATHAN_POLL=1
-        super().setup_method(method)
-
-    def teardown_method(self, method):
-        try:
-            super().teardown_method(method)
-        finally:
-            leviathan_linux.USE_EPOLL = self.before
+    settings = {"USE_EPOLL": True}       # even under LEVIATHAN_POLL=1
 
     def turns(self, queue):
         """How many turns the loops make while nothing is to be done."""

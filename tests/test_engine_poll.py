@@ -11,17 +11,7 @@ leviathan_linux = pytest.importorskip("leviathan_linux", reason="needs select.po
 
 class TestPoll(EngineContract):
     module = leviathan_linux
-
-    def setup_method(self, method):
-        self.before = leviathan_linux.USE_EPOLL
-        leviathan_linux.USE_EPOLL = False
-        super().setup_method(method)
-
-    def teardown_method(self, method):
-        try:
-            super().teardown_method(method)
-        finally:
-            leviathan_linux.USE_EPOLL = self.before
+    settings = {"USE_EPOLL": False}
 
     def test_it_is_poll_that_is_tested(self):
         assert isinstance(self.queue().engine.workers[0].poller, leviathan_linux._Poll)
