@@ -1229,13 +1229,17 @@ class _Core:
         return _ARRAYS[_power(size)]()
 
     @staticmethod
-    def lease(session: Session) -> Optional[Buffer]:
-        """A RecvBuf for a receive that is armed before its bytes are there; None: the session waits for memory."""
+    def lease(session: Session, size: int) -> Optional[Buffer]:
+        """A RecvBuf for a receive that is armed before its bytes are there; None: the session waits for memory.
+
+        *size* in bytes; 0: RECV_BUF_SIZE.
+        """
         manager = session.communicator.manager
-        buffer = manager.lease(manager.recv_buffer)
+        size = min(size or manager.recv_buffer, manager.memory_limit)
+        buffer = manager.lease(size)
         if buffer is None:
             session._pause_for(PAUSED_MEMORY)
-            manager.wait_for_memory(session, manager.recv_buffer)
+            manager.wait_for_memory(session, size)
         return buffer
 
     @staticmethod

@@ -55,6 +55,8 @@ NAME = "iocp"
 
 MAX_EVENTS = 512        # packets taken from the port at once by the only thread; several threads take them one by one
 ACCEPTS = 8             # accepts armed for each listener (RULES: IOCP 5)
+INBOX_MAX = 1 << 14     # a session whose receives fill its RecvBuf gets one twice as large, up to this ...
+INBOX_CALM = 32         # ... until so many in a row would have fitted a quarter of it
 JOIN_MAX = 1 << 17      # what is queued is joined into one send up to this size; a larger chunk goes alone, uncopied
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
@@ -333,8 +335,8 @@ class Port:
 class Link:
     """What the engine keeps for a session or a listener: who owns it now, what waits for it, what is outstanding."""
 
-    __slots__ = ("lock", "owner", "mail", "called", "receiving", "inbox", "receive", "send", "pressed", "sent_at", "live",
-                 "ended", "fin", "late", "cancelled", "armed", "parked")
+    __slots__ = ("lock", "owner", "mail", "called", "receiving", "inbox", "size", "calm", "receive", "send", "pressed",
+                 "sent_at", "live", "ended", "fin", "late", "cancelled", "armed", "parked")
 
     def __init__(self) -> None:
         # Guards owner, mail and called, and of a session: state, fin, out, unsent, sending, marks, pressed, sent_at.
@@ -345,6 +347,8 @@ class Link:
         self.receive: Optional[Overlapped] = None   # of the receive, or the connect, whether outstanding or not
         self.receiving = False                      # it is outstanding
         self.inbox: Any = None                      # the RecvBuf of receives that no incomplete packet waits for
+        self.size = 0                               # of the inbox that is wanted; 0: as large as the core gives
+        self.calm = 0                               # how many receives in a row a smaller one would have held
         self.send: Optional[Overlapped] = None      # of the send; outstanding while session.sending is not None
         self.pressed = False                        # more than the high-water mark was unsent
         self.sent_at = 0.0                          # when the last send was completed
@@ -1039,8 +1043,11 @@ class Worker:
                 link.inbox = None
             address, size = ctypes.addressof(partial.array) + session.filled, len(session.room)
         else:
+            if link.inbox is not None and link.inbox.size < link.size:
+                self.core.give_back(session, link.inbox)
+                link.inbox = None
             if link.inbox is None:
-                link.inbox = self.core.lease(session)
+                link.inbox = self.core.lease(session, link.size)
                 if link.inbox is None:
                     return                  # at the memory limit: it waits
             address, size = ctypes.addressof(link.inbox.array), link.inbox.size
@@ -1093,7 +1100,21 @@ class Worker:
                 else:
                     session.received(session, partial.array, session.filled)
             elif not session.paused:
+                size = link.inbox.size
                 session.received(session, link.inbox.array, count)
+                if count == size:
+                    # A packet just over the inbox would cost two receives each time: 1.3 instead of 0.85 of what
+                    # asyncio's proactor does with packets of 4 KiB (under Wine). What is much larger has a RecvBuf.
+                    link.calm = 0
+                    if size < INBOX_MAX and session.need <= INBOX_MAX:
+                        link.size = 2 * size
+                elif link.size and 4 * count <= size:
+                    link.calm += 1
+                    if link.calm == INBOX_CALM:
+                        self.core.give_back(session, link.inbox)
+                        link.inbox, link.size, link.calm = None, 0, 0
+                else:
+                    link.calm = 0
             else:                           # it was armed before the pause: kept as an incomplete packet
                 session.partial, link.inbox = link.inbox, None
                 session.filled, session.need, session.seen, session.since = count, 0, 0, now
@@ -1171,12 +1192,14 @@ class Worker:
         if operation is None:
             operation = session.link.send = self._operation(session, Worker._sent)
         buffer = operation.record.buffer
+        pointer = None
         if sending.buffer is not None:
             buffer.buf = ctypes.addressof(sending.buffer.array) + sending.done
-        else:                               # bytes do not move, and `sending` keeps them
-            buffer.buf = ctypes.cast(ctypes.c_char_p(sending.view.obj), POINTER).value + sending.done
+        else:                               # CPython's bytes do not move; PyPy makes a copy that lives as long as this
+            pointer = ctypes.c_char_p(sending.view.obj)
+            buffer.buf = ctypes.cast(pointer, POINTER).value + sending.done
+        operation.keep = sending, pointer
         buffer.len = sending.wanted - sending.done
-        operation.keep = sending
         self.engine.pending[operation.address] = operation
         if api.WSASend(session.socket.fileno(), operation.buffer, 1, None, 0, operation.address, None):
             code = api.last_error()

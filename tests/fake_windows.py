@@ -403,12 +403,13 @@ class FakeApi:
             return ctypes.addressof(keep) == operation.buffer and ctypes.sizeof(keep) >= operation.size
         buffer = keep
         if operation.call == "WSASend":
-            buffer = keep.buffer
-            if keep.session is not record.target:
+            sending, pointer = keep
+            buffer = sending.buffer
+            if sending.session is not record.target:
                 return False                        # it was given back
             if buffer is None:
-                first = ctypes.cast(ctypes.c_char_p(keep.view.obj), ctypes.c_void_p).value
-                return first <= operation.buffer and operation.buffer + operation.size <= first + len(keep.view.obj)
+                first = ctypes.cast(pointer, ctypes.c_void_p).value
+                return first <= operation.buffer and operation.buffer + operation.size <= first + len(sending.view.obj)
         first = ctypes.addressof(buffer.array)
         free = record.target.communicator.manager._free.get(buffer.power, ())
         return first <= operation.buffer and operation.buffer + operation.size <= first + buffer.size and \
