@@ -1185,18 +1185,17 @@ class Worker:
         session.sending = self.core.begin_send(session, data, 0)
         self._transmit(session)
 
-    def _transmit(self, session: Any) -> None:
+    def _transmit(self, session: Any, pointer: Any = None) -> None:
         """Start the outstanding send, or go on with it. The session's lock is held."""
         sending = session.sending
         operation = session.link.send
         if operation is None:
             operation = session.link.send = self._operation(session, Worker._sent)
         buffer = operation.record.buffer
-        pointer = None
         if sending.buffer is not None:
             buffer.buf = ctypes.addressof(sending.buffer.array) + sending.done
         else:                               # CPython's bytes do not move; PyPy makes a copy that lives as long as this
-            pointer = ctypes.c_char_p(sending.view.obj)
+            pointer = pointer or ctypes.c_char_p(sending.view.obj)
             buffer.buf = ctypes.cast(pointer, POINTER).value + sending.done
         operation.keep = sending, pointer
         buffer.len = sending.wanted - sending.done
@@ -1228,7 +1227,7 @@ class Worker:
             if session.marks is not None:
                 session.progress(transferred)
             if not code and sending.done < sending.wanted and not session.aborted:
-                self._transmit(session)     # WSASend takes all of it as a rule
+                self._transmit(session, operation.keep[1])          # WSASend takes all of it as a rule
                 return
         self.core.end_send(sending)         # before anybody may see that nothing is outstanding
         with link.lock:
