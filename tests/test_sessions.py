@@ -10,8 +10,8 @@ import time
 import pytest
 
 import leviathan
-from conftest import (DEADLINE, INBOX, STOPS, WINE, Child, Log, eventually, frame, only_pinned, read_exactly, read_frame,
-                      read_to_end)
+from conftest import (DEADLINE, INBOX, STOPS, WINDOWS, WINE, Child, Log, eventually, frame, only_pinned, read_exactly,
+                      read_frame, read_to_end)
 from leviathan import Communicator, CommunicatorList, Delimited, FixedSize, Kind, LengthPrefix, Raw, Reason
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1002,7 +1002,8 @@ def test_serve_hands_accepted_sessions_to_another_communicator(serve, harness):
         assert read_frame(client) == b"x"
     assert len(worker.communicator.sessions) == 4
     assert len(acceptor.communicator.sessions) == 0
-    assert set(names.items) == {"leviathan-clients-0", "leviathan-clients-1"}
+    both = {"leviathan-clients-0", "leviathan-clients-1"}
+    assert set(names.items) == both or WINDOWS and set(names.items) < both      # there the system picks the thread
     assert all(session.communicator is worker.communicator for session in worker.connected.items)
     assert acceptor.queue.statistics()["accepted"] == 4
 
