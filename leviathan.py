@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LeviathanError", "ConfigError", "FramingError", "PoolExhausted", "Reason", "Kind", "Framing", "LengthPrefix",
     "TextLength", "Delimited", "FixedSize", "Raw", "Function", "StatefulFraming", "Http", "Request", "Response", "Headers",
-    "SessionManager", "Session",
-    "ConnectionList", "EventQueue", "Communicator", "CommunicatorList", "Listener", "Connector", "run"]
+    "SessionManager", "Session", "ConnectionList", "EventQueue", "Communicator", "CommunicatorList", "Listener",
+    "Connector", "run"]
 
 # Sources of the numbers below: MISSION B4 for the buffer classes, DESIGN section 4 for the water marks; the others
 # say where they come from.
@@ -831,13 +831,14 @@ class ResponseStream:
                     raise ValueError("%d bytes more than its Content-Length" % (len(data) - self._left))
                 self._left -= len(data)
             if self._silent or not data:
-                chunks: Tuple[bytes, ...] = (b"",)
+                chunks: Tuple[bytes, ...] = ()
             elif self._chunked:
                 chunks = (b"%x\r\n%b\r\n" % (len(data), data),) if len(data) <= SEND_INLINE else \
                     (b"%x\r\n" % len(data), data, b"\r\n")
             else:
                 chunks = (data,)
-            return bool(self._http.emit(self.request.session, self.request, chunks, _STREAMED, False, on_sent))
+            return bool(self._http.emit(self.request.session, self.request, chunks, _STREAMED, False, on_sent,
+                                        _STREAMED))
 
     def close(self) -> bool:
         """The answer is whole. False if the connection has ended. A second close does nothing.
@@ -851,8 +852,8 @@ class ResponseStream:
             if self._left and not self._silent:
                 self.request.session.abort()
                 raise ValueError("%d bytes less than its Content-Length" % self._left)
-            last = b"0\r\n\r\n" if self._chunked and not self._silent else b""
-            return bool(self._http.emit(self.request.session, self.request, (last,), _ANSWERED, False, None))
+            last = (b"0\r\n\r\n",) if self._chunked and not self._silent else ()
+            return bool(self._http.emit(self.request.session, self.request, last, _ANSWERED, False, None, _STREAMED))
 
     def __enter__(self) -> ResponseStream:
         return self
@@ -930,7 +931,7 @@ class Http(StatefulFraming):
         self.max_pipelined, self.heads_kept = max_pipelined, heads_kept
         self.max_packet = max_line + max_header + 4 + max_body
         self._known: Dict[bytes, _Head] = {}            # {header block: what it means}, of requests without a body
-        self._blocks: Dict[Any, Tuple[bytes, bool]] = {}        # {a response's headers: (lines, has Content-Type)}
+        self._blocks: Dict[Any, bytes] = {}             # {a response's ordinary headers, as pairs: its lines}
         self._stamp = -1.0                  # when the Date of _starts is over
         self._date = b""
         self._starts: Dict[int, bytes] = {}     # {status: status line and Date}, for one second
@@ -947,9 +948,10 @@ class Http(StatefulFraming):
         self._host_rule = re.compile(r"[!$%&'()*+,\-.0-9:;=\[\]_~a-z]*").fullmatch      # RFC 3986 section 3.2, in lower case
         self._length_rule = re.compile(r"[0-9]+").fullmatch
         self._bare_rule = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0").search
-        self._chunk_rule = re.compile(
-            rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|\"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*\"))?)*)"
-            % (_TOKEN.encode(), _TOKEN.encode())).fullmatch
+        token = _TOKEN.encode()
+        quoted = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+        self._chunk_rule = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)"
+                                      % (token, token, quoted)).fullmatch
 
     # -- owner thread: the connection's life --------------------------------------------------------------------------
 
@@ -968,6 +970,7 @@ class Http(StatefulFraming):
         if isinstance(error, TimeoutError):
             status, reason = 408, Reason.TIMEOUT
             if exchange.due or not session.filled:      # it waits for us; or it is only idle, which needs no answer
+                session.last = time.monotonic()         # while we owe it something it is not idle
                 return bool(exchange.pending)
         return self._give_up(session, status, reason, error)
 
@@ -1055,11 +1058,13 @@ class Http(StatefulFraming):
                         and packet.status != 304:
                     headers = packet.headers
                     try:
-                        block = self._blocks.get(tuple(headers.items() if type(headers) is dict else headers or ()))
+                        block = self._blocks.get(tuple(headers.items()) if type(headers) is dict else
+                                                 tuple(headers) if type(headers) is list else headers or ())
                     except TypeError:
-                        block = None        # not hashable, or no headers at all: that is found out below
+                        block = None        # it has a list in it, or what else is not hashable
                     if block is not None:
-                        data = b"%b%bContent-Length: %d\r\n\r\n%b" % (self._start(packet.status), block[0], len(body), body)
+                        data = b"%b%bContent-Length: %d\r\n\r\n%b" % (
+                            self._start(packet.status), block, len(body), body)
             elif kind is bytes and len(packet) <= SEND_INLINE:
                 data = b"%bContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n%b" % (
                     self._start(200), len(packet), packet)
@@ -1074,26 +1079,28 @@ class Http(StatefulFraming):
                         request._state = _ANSWERED
                         pending.clear()
                 # Only this thread adds requests, so nobody can come in between.
-                return session.put(data) if alone else \
-                    self.emit(session, request, (data,), _ANSWERED, False, None)        # type: ignore[attr-defined]
+                if alone:
+                    return session.put(data)            # type: ignore[attr-defined,no-any-return]
+                return self.emit(session, request, (data,), _ANSWERED, False, None)
         chunks, state, closes = self._encode_answer(head, packet)
         return self.emit(session, request, chunks, state, closes, on_sent)
 
     def emit(self, session: Session, request: Request, chunks: Tuple[bytes, ...], state: int, closes: bool,
-             on_sent: Optional[OnSent]) -> Optional[bool]:
-        """Queue a part of the answer to *request*, when its turn has come; *state* is what the request is in then.
+             on_sent: Optional[OnSent], before: int = _OPEN) -> Optional[bool]:
+        """Queue a part of the answer to *request*, when its turn has come; that takes it from state *before* to *state*.
 
-        *closes*: the connection ends behind the whole of it. None if it was answered before, False if nobody is there.
+        *closes*: the connection ends behind the whole of it. None if it is in another state, False if nobody is there.
         """
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         with exchange.lock:
             if exchange.gone or session.state is not State.OPEN:
                 return False
-            if request._state == _ANSWERED or request._state == _STREAMED and chunks and state != _STREAMED and closes:
+            if request._state != before:
                 return None
             pending = exchange.pending
             request._state = state
-            request._closes = request._closes or closes
+            if closes:
+                request._closes = exchange.done = True      # what is still received is nobody's
             if pending[0] is not request:
                 size = sum(map(len, chunks))
                 if exchange.waiting and exchange.waiting + size > session.send_limit:
@@ -1104,10 +1111,21 @@ class Http(StatefulFraming):
                     request._parts = []
                 request._parts.append((chunks, on_sent))
                 return True
-            done = session._queue(chunks, on_sent)
+            if state != _OPEN:
+                session.last = time.monotonic()         # it was no idle peer that we let wait
+            done = self._write(session, chunks, on_sent)
             if state == _ANSWERED:
                 self._advance(session, exchange)
             return done
+
+    @staticmethod
+    def _write(session: Session, chunks: Tuple[bytes, ...], on_sent: Optional[OnSent]) -> bool:
+        """Queue bytes; none at all are sent at once."""
+        if chunks:
+            return session._queue(chunks, on_sent)
+        if on_sent is not None:
+            session.communicator.queue.engine.run_on_owner(session, _Core.on_sent, session, on_sent, True)
+        return True
 
     def _advance(self, session: Session, exchange: _Exchange) -> None:
         """The oldest request is answered: send what was waiting for that. The lock is held."""
@@ -1116,7 +1134,7 @@ class Http(StatefulFraming):
             request = pending[0]
             for chunks, on_sent in request._parts or ():
                 exchange.waiting -= sum(map(len, chunks))
-                if not session._queue(chunks, on_sent) and on_sent is not None:
+                if not self._write(session, chunks, on_sent) and on_sent is not None:
                     session.communicator.queue.engine.run_on_owner(session, _Core.on_sent, session, on_sent, False)
             request._parts = None
             if request._state != _ANSWERED:
@@ -1155,9 +1173,9 @@ class Http(StatefulFraming):
         if not self._stamp - 1.0 <= now < self._stamp:          # its second is over, or the clock was put back
             at = time.gmtime(now)
             self._date = b"Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % (
-                (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")[at.tm_wday], at.tm_mday,
-                (b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec")[at.tm_mon - 1],
-                at.tm_year, at.tm_hour, at.tm_min, at.tm_sec)
+                b"MonTueWedThuFriSatSun"[3 * at.tm_wday:3 * at.tm_wday + 3], at.tm_mday,
+                b"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * at.tm_mon - 3:3 * at.tm_mon], at.tm_year,
+                at.tm_hour, at.tm_min, at.tm_sec)
             starts = self._starts = {}
             self._stamp = int(now) + 1.0
         found = starts.get(status)
@@ -1172,7 +1190,7 @@ class Http(StatefulFraming):
         return b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, "").encode())
 
     def _lines(self, headers: Any) -> Tuple[bytes, bool, bool, bool, Optional[int]]:
-        """Check and encode headers: (lines, has Content-Type, has Date or Host, says close, Content-Length).
+        """Check and encode headers: (lines, has Content-Type, has Date (a client's: Host), says close, Content-Length).
 
         Content-Length and Connection are not among the lines. Raises ValueError for what would be no header, so that
         nobody can smuggle in lines by a value (CWE-113).
@@ -1202,17 +1220,17 @@ class Http(StatefulFraming):
                 if closes or tokens == ["keep-alive"]:
                     continue
             typed = typed or lower == "content-type"
-            dated = dated or lower in ("date", "host")
+            dated = dated or lower == ("host" if self.client else "date")
             lines.append("%s: %s\r\n" % (name, value))
         try:
             block = "".join(lines).encode("latin-1")
         except UnicodeEncodeError as error:
             raise ValueError("a header's value has characters that are not latin-1: %s" % error) from None
-        if not (dated or closes or length is not None) and all(type(name) is str is type(value) for name, value in pairs):
-            if len(block) <= HEAD_KEPT_MAX:
-                if len(self._blocks) >= HEADS_KEPT:
-                    self._blocks.clear()
-                self._blocks[pairs] = block, typed
+        if not (dated or closes or length is not None) and len(block) <= HEAD_KEPT_MAX and \
+                all(type(pair) is tuple and type(pair[0]) is str is type(pair[1]) for pair in pairs):
+            if len(self._blocks) >= HEADS_KEPT:
+                self._blocks.clear()
+            self._blocks[pairs] = block     # the same headers, checked and encoded, are found by the fast path
         return block, typed, dated, closes, length
 
     def _encode_answer(self, head: _Head, packet: Any) -> Tuple[Tuple[bytes, ...], int, bool]:
@@ -1233,7 +1251,7 @@ class Http(StatefulFraming):
         if dated:
             start = self._status_line(status)
         if status < 200:                    # interim: the answer is still to come. HTTP/1.0 does not know it.
-            return (self._status_line(status) + block + b"\r\n" if head.version != "1.0" else b"",), _OPEN, False
+            return (self._status_line(status) + block + b"\r\n",) if head.version != "1.0" else (), _OPEN, False
         closes = closes or not head.keep_alive
         bodiless = head.method == "HEAD" or status in (204, 304)
         if length is None:
@@ -1286,7 +1304,7 @@ class Http(StatefulFraming):
         block, _, hosted, closes, length = self._lines(packet.headers.items())
         if length is not None and length != len(body):
             raise ValueError("Content-Length is %d, and the body has %d bytes" % (length, len(body)))
-        if hosted and "host" in packet.headers:
+        if hosted:
             host = b""
         else:
             host = b"Host: %b\r\n" % (_address_text(session.peer) if isinstance(session.peer, tuple) else "localhost").encode()
@@ -1320,10 +1338,12 @@ class Http(StatefulFraming):
         new = Request.__new__
         raised = self._raised
         general = self._received
+        if self.client:
+            return lambda session, buffer, end: general(session, buffer, end, on_packet, rest, fail)
 
         def received(session: Session, buffer: Any, end: int) -> None:
             exchange: _Exchange = session.protocol      # type: ignore[attr-defined]
-            if session.partial is None and not exchange.done:
+            if session.partial is None and end <= HEAD_KEPT_MAX and not exchange.done:
                 # The hot path: one request, and all of it, as nearly every receive of a keep-alive connection is.
                 head = known.get(buffer[:end])
                 if head is not None:
@@ -1336,7 +1356,8 @@ class Http(StatefulFraming):
                     request._parts = None
                     request._closes = False
                     pending = exchange.pending
-                    pending.append(request)
+                    with exchange.lock:
+                        pending.append(request)
                     exchange.current = request
                     session.direct = True
                     try:
@@ -1369,11 +1390,8 @@ class Http(StatefulFraming):
                 if session.paused:
                     break
         except BaseException as error:
-            if isinstance(error, FramingError) or self.client:
-                fail(session, error)
-                exchange.done = True
-            else:
-                raise
+            fail(session, error)
+            exchange.done = True
         if exchange.done:
             start = end                     # what is behind the last message is nobody's
         if start != end or session.partial is not None:
@@ -1394,6 +1412,9 @@ class Http(StatefulFraming):
             exchange.done = True
         with exchange.lock:
             exchange.pending.append(request)
+            if exchange.due:                # it did not wait for the 100
+                exchange.due = False
+                exchange.calm = not exchange.held
         exchange.current = request
         try:
             on_packet(session, request)
@@ -1434,21 +1455,13 @@ class Http(StatefulFraming):
         """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         exchange.done = True
-        if request._state != _OPEN:
+        if request._state != _OPEN or session.reason is not None:
             fail(session, error)
             return
-        request._head = _Head(request.method, "/", request.version, _NO_HEADERS)
-        request._head.keep_alive = False
+        _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
         with exchange.lock:
-            earlier = exchange.pending and exchange.pending[0] is not request
-            if earlier:
-                exchange.ending = Reason.ERROR, error
-        if earlier:
-            _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
-        else:
             exchange.ending = Reason.ERROR, error
-            _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
-        self.answer(session, request, Response(500, None, "500 Internal Server Error\n"), None)
+        self.answer(session, request, Response(500, {"Connection": "close"}, "500 Internal Server Error\n"), None)
 
     # -- parsing: bytes in, boundaries out ----------------------------------------------------------------------------
 
@@ -1477,13 +1490,13 @@ class Http(StatefulFraming):
                 self._check_incomplete(part, skip, buffer, start, end)
                 return 0
             size = skip + at + 4
-            self._begin_message(session, exchange, bytes(buffer[start:start + size]) if skip else part[:size])
+            self._begin_message(exchange, bytes(buffer[start:start + size]) if skip else part[:size])
             exchange.size = exchange.scan = size
             if exchange.length >= 0:
                 exchange.need = size + exchange.length
-            if session is not None and exchange.need > session.communicator.manager.memory_limit:
+            if session is not None and 1 << _power(exchange.need) > session.communicator.manager.memory_limit:
                 raise HttpError(413, "a body of %d bytes is over the memory limit" % exchange.length)
-            if not self.client and exchange.head.expects and session is not None and start + size == end:
+            if session is not None and start + size == end:
                 self._continue(session, exchange)
         length = exchange.length
         if length == _CHUNKED:
@@ -1497,7 +1510,7 @@ class Http(StatefulFraming):
 
     def _continue(self, session: Session, exchange: _Exchange) -> None:
         """The peer waits for a 100 before it sends the body, and gets it behind the answers it is owed."""
-        if exchange.length == 0:
+        if self.client or exchange.length == 0 or not exchange.head.expects:
             return
         with exchange.lock:
             if exchange.pending:
@@ -1522,7 +1535,7 @@ class Http(StatefulFraming):
             if first and not self._token_rule((first if not self.client else first.replace(b"/", b"")).decode("latin-1")):
                 raise HttpError(400, "%r is not how a message begins" % first[:16])
 
-    def _begin_message(self, session: Optional[Session], exchange: _Exchange, data: bytes) -> None:
+    def _begin_message(self, exchange: _Exchange, data: bytes) -> None:
         """Parse the head of a message, up to its empty line."""
         if self.client:
             self._begin_response(exchange, data)
@@ -2488,8 +2501,8 @@ class _Core:
                 if session.stateful.ended(session):
                     session._pause_for(PAUSED_ENDED)
                     return
-            except BaseException as error:
-                _failed(session, error)
+            except BaseException as problem:
+                _failed(session, problem)
         if session.filled:
             error = FramingError("the connection ended inside of a packet, after %d bytes of it" % session.filled)
             session.end(True, Reason.ERROR, error)
@@ -3496,13 +3509,14 @@ _SETTINGS = (
 ) + (
     _Setting("IOCP", "COUNT", _number(0, 1000), "1", "how many queues there are ([QUEUE] is the same as [IOCP])"),
     _Setting("IOCP_n", "THR_COUNT", _number(1, 1024), "", "threads of queue n; without it 1 under a GIL, else one per CPU"),
-    _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "function"), "",
+    _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "http", "function"), "",
              "how packets are framed; without it text if SIZE_END_CHAR is there, else number"),
     _Setting("HEADER_n", "SIZE_BYTES", _number(1, 1 << 20), "4", "number: bytes of the length, 1 to 8; fixed: of a packet"),
     _Setting("HEADER_n", "BYTE_ORDER", _choice("big", "little"), "big", "number: byte order of the length"),
     _Setting("HEADER_n", "SIZE_END_CHAR", _character, ",", "text: the character after the digits"),
     _Setting("HEADER_n", "DELIMITER", _bytes_of, r"\r\n", "delimiter: what ends a packet"),
-    _Setting("HEADER_n", "MAX_PACKET", _size, "2m", "longest packet with its header; a longer one closes the session"),
+    _Setting("HEADER_n", "MAX_PACKET", _size, "2m",
+             "longest packet with its header, http: longest body; a longer one closes the session"),
     _Setting("HEADER_n", "FUNCTION", _reference, "", "function: your parse(view) -> int"),
     _Setting("COMUNICATOR", "COUNT", _number(0, 1000), "1", "how many Communicators there are (COMMUNICATOR: the same)"),
     _Setting("COMUNICATOR_n", "IOCP_IDX", _number(0, 1000), "", "number of its queue; without it a queue of its own"),
@@ -3635,6 +3649,8 @@ def _framing_of(ini: _Ini, header: str) -> Framing:
             return FixedSize(get("SIZE_BYTES"))
         if kind == "raw":
             return Raw()
+        if kind == "http":
+            return Http(max_body=limit)
         if get("FUNCTION") is None:
             raise ini.wrong(section, number, "FUNCTION", "TYPE=function needs it", "module:function")
         return Function(get("FUNCTION"), max_packet=limit)
