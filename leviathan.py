@@ -1481,22 +1481,27 @@ class Http(StatefulFraming):
         *exchange* knows what an earlier call has found of the same message.
         """
         if exchange.head is None:
-            skip = max(0, seen - 3)         # the end may have been cut in four
-            part = bytes(buffer[start + skip:min(end, start + self.max_line + self.max_header + 4)])
+            skip = seen - 3 if seen > 3 else 0          # the end may have been cut in four
+            first = start + skip
+            part = buffer[first:end if end - first < HEAD_KEPT_MAX else first + HEAD_KEPT_MAX]
+            at = part.find(b"\r\n\r\n")
+            if at < 0 and first + HEAD_KEPT_MAX < end:   # seldom: so much is copied only when it must be
+                part = buffer[first:min(end, start + self.max_line + self.max_header + 4)]
+                at = part.find(b"\r\n\r\n")
             if not skip and part[:2] == b"\r\n" and not self.client:
                 return start + 2            # RFC 9112 section 2.2: an empty line before a request is ignored
-            at = part.find(b"\r\n\r\n")
             if at < 0:
                 self._check_incomplete(part, skip, buffer, start, end)
                 return 0
             size = skip + at + 4
-            self._begin_message(exchange, bytes(buffer[start:start + size]) if skip else part[:size])
+            self._begin_message(exchange, buffer[start:start + size] if skip else part[:size])
             exchange.size = exchange.scan = size
+            if exchange.length > 0 and session is not None and \
+                    1 << _power(size + exchange.length) > session.communicator.manager.memory_limit:
+                raise HttpError(413, "a body of %d bytes is over the memory limit" % exchange.length)
             if exchange.length >= 0:
                 exchange.need = size + exchange.length
-            if session is not None and 1 << _power(exchange.need) > session.communicator.manager.memory_limit:
-                raise HttpError(413, "a body of %d bytes is over the memory limit" % exchange.length)
-            if session is not None and start + size == end:
+            if exchange.length and session is not None and start + size == end:
                 self._continue(session, exchange)
         length = exchange.length
         if length == _CHUNKED:
@@ -1510,7 +1515,7 @@ class Http(StatefulFraming):
 
     def _continue(self, session: Session, exchange: _Exchange) -> None:
         """The peer waits for a 100 before it sends the body, and gets it behind the answers it is owed."""
-        if self.client or exchange.length == 0 or not exchange.head.expects:
+        if self.client or not exchange.head.expects:
             return
         with exchange.lock:
             if exchange.pending:
@@ -1689,7 +1694,7 @@ class Http(StatefulFraming):
         exchange.need = 0
         while not exchange.tail:
             at = start + exchange.scan
-            line = bytes(buffer[at:min(end, at + MAX_CHUNK_LINE + 2)])
+            line = buffer[at:min(end, at + MAX_CHUNK_LINE + 2)]
             size = line.find(b"\r\n")
             if size < 0:
                 if len(line) >= MAX_CHUNK_LINE + 2:

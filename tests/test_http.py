@@ -405,7 +405,8 @@ def test_other_expectations_are_417():
     b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 32000 + b"\0\r\n\r\n", b"a" * 40000 + b"\r\n\r\n",
     b"GET / HTTP/1.1\r\n" + b"a" * 32000 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a b" * 10000 + b"\1\r\n\r\n",
     CHUNKED + b"1" + b" " * 250 + b"\r\n", CHUNKED + b"1" + b" ;a" * 80 + b"?\r\n",
-    CHUNKED + b'1;a="' + b"\\\\" * 120 + b"\r\n", CHUNKED + b"0\r\nX:" + b" \t" * 16000 + b"\0\r\n\r\n"], ids=["spaces", "token", "no colon", "words", "size", "extensions", "quoted", "trailers"])
+    CHUNKED + b'1;a="' + b"\\\\" * 120 + b"\r\n", CHUNKED + b"0\r\nX:" + b" \t" * 16000 + b"\0\r\n\r\n"],
+    ids=["spaces", "token", "no colon", "words", "size", "extensions", "quoted", "trailers"])
 def test_no_regular_expression_goes_back_and_forth(data):
     """What fails at the very end of a long text fails as soon as that was read once: 40 KB in well under 0.2 s."""
     driven = Driven(Http(max_line=8192))
