@@ -911,7 +911,8 @@ class Http(StatefulFraming):
     that are owed by then, and the connection closes. Limits: *max_line* bytes of the request line, *max_header* bytes and
     *max_headers* number of header lines, and the same for trailers, *max_body* bytes of a body, *max_pipelined* requests
     that are not answered yet, above which receiving pauses. *heads_kept*: header blocks without a body that are known
-    again when the same bytes come, as keep-alive clients send them, instead of being parsed anew; 0: none.
+    again when the same bytes come, as keep-alive clients send them, instead of being parsed anew, and as many header
+    lines without their request line; 0: none.
     """
 
     def __init__(self, role: str = "server", *, max_line: int = MAX_LINE, max_header: int = MAX_HEADER,
@@ -931,6 +932,7 @@ class Http(StatefulFraming):
         self.max_pipelined, self.heads_kept = max_pipelined, heads_kept
         self.max_packet = max_line + max_header + 4 + max_body
         self._known: Dict[bytes, _Head] = {}            # {header block: what it means}, of requests without a body
+        self._ordinary: Dict[bytes, Headers] = {}       # {their header lines: the same}, for requests of another target
         self._blocks: Dict[Any, bytes] = {}             # {a response's ordinary headers, as pairs: its lines}
         self._stamp = -1.0                  # when the Date of _starts is over
         self._date = b""
@@ -938,6 +940,7 @@ class Http(StatefulFraming):
         self._request_rule = re.compile(r"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n(%s)" % (_TOKEN, _FIELDS)).fullmatch
         self._status_rule = re.compile(
             r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\0-\x08\x0a-\x1f\x7f]*))?\r\n(%s)" % _FIELDS).fullmatch
+        self._line_rule = re.compile(r"(%s) ([!-~]+) HTTP/1\.1" % _TOKEN).fullmatch
         self._first_line_rule = re.compile(r"%s [!-~]+ HTTP/[0-9]\.[0-9]" % _TOKEN).fullmatch
         self._special_rule = re.compile(
             r"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)").findall
@@ -1555,25 +1558,26 @@ class Http(StatefulFraming):
         exchange.head, exchange.length = head, head.length
 
     def _parse_request(self, data: bytes) -> _Head:
+        line = data.find(b"\r\n")
+        headers = self._ordinary.get(data[line + 2:])
+        if headers is not None and line <= self.max_line:
+            found = self._line_rule(data[:line].decode("latin-1"))
+            if found is not None:
+                method, target = found.groups()
+                if target[0] != "/" or method == "CONNECT":
+                    self._check_target(method, target)
+                head = _Head(method, target, "1.1", headers)
+                head.plain = method != "HEAD"
+                return head
         text = data[:-2].decode("latin-1")
         found = self._request_rule(text)
-        line = text.find("\r\n")
         if found is None or line > self.max_line or len(text) - line - 2 > self.max_header:
             raise self._why(text, line)
         method, target, major, minor, fields = found.groups()
         if major != "1":
             raise HttpError(505, "HTTP/%s.%s" % (major, minor))
-        if target[0] == "/":
-            if method == "CONNECT":
-                raise HttpError(400, "CONNECT to %r" % target[:64])
-        elif target == "*":
-            if method != "OPTIONS":
-                raise HttpError(400, "%s of *" % method)
-        elif method == "CONNECT":
-            if not self._host_rule(target.lower()):
-                raise HttpError(400, "CONNECT to %r" % target[:64])
-        elif target[:7].lower() != "http://" and target[:8].lower() != "https://":
-            raise HttpError(400, "the target %r" % target[:64])
+        if target[0] != "/" or method == "CONNECT":
+            self._check_target(method, target)
         if fields.count("\r\n") > self.max_headers:
             raise HttpError(431, "more than max_headers (%d)" % self.max_headers)
         head = _Head(method, target, "1.0" if minor == "0" else "1.1", Headers._of(fields))
@@ -1607,8 +1611,24 @@ class Http(StatefulFraming):
             if expected != "100-continue":
                 raise HttpError(417, "the expectation %r" % expected[:64])
             head.expects = True
-        head.plain = head.keep_alive and head.version != "1.0" and method != "HEAD"
+        ordinary = head.keep_alive and head.version != "1.0"
+        head.plain = ordinary and method != "HEAD"
+        if ordinary and not (lengths or codings or expected) and len(fields) <= HEAD_KEPT_MAX and self.heads_kept:
+            if len(self._ordinary) >= self.heads_kept:
+                self._ordinary.clear()
+            self._ordinary[data[line + 2:]] = head.headers
         return head
+
+    def _check_target(self, method: str, target: str) -> None:
+        """The forms of a target that are not a path; RFC 9112 section 3.2."""
+        if method == "CONNECT":
+            right = target[0] != "/" and self._host_rule(target.lower()) is not None
+        elif target == "*":
+            right = method == "OPTIONS"
+        else:
+            right = target[:7].lower() == "http://" or target[:8].lower() == "https://"
+        if not right:
+            raise HttpError(400, "%s of %r" % (method, target[:64]))
 
     def _why(self, text: str, line: int) -> HttpError:
         """What is wrong with a head that the rule does not match, or that is too long."""

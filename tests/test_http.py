@@ -689,13 +689,33 @@ def test_heads_that_are_known_are_bounded_and_give_the_same():
     for number in range(50):
         data = b"GET /%d HTTP/1.1\r\nHost: a\r\nX: %d\r\n\r\n" % (number % 10, number % 10)
         driven.feed(data).feed(data)
-        assert len(http._known) <= 8
+        assert len(http._known) <= 8 and len(http._ordinary) <= 8
     assert [packet.target for packet in driven.packets] == ["/%d" % (number // 2 % 10) for number in range(100)]
     assert driven.packets[0].headers is driven.packets[1].headers
     none = Driven(Http(heads_kept=0)).feed(GET).feed(GET)
     assert len(none.packets) == 2 and not none.stateful._known
     closing = Driven(Http()).feed(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     assert not closing.stateful._known                  # only what is answered in the ordinary way
+
+
+def test_header_lines_that_are_known_serve_other_targets_and_nothing_else():
+    lines = b"Host: a\r\nX: y\r\n\r\n"
+    driven = Driven(Http()).feed(b"GET /1 HTTP/1.1\r\n" + lines).feed(b"HEAD /2?a=b HTTP/1.1\r\n" + lines)
+    one, two = driven.packets
+    assert one.headers is two.headers and (two.method, two.path, two.query) == ("HEAD", "/2", "a=b")
+    assert driven.sent.count(b"Content-Length: 0") == 2
+    old = Driven(driven.stateful).feed(b"GET /3 HTTP/1.0\r\n" + lines)
+    assert old.packets[0].version == "1.0" and old.ended
+    for line, status in ((b"GET  / HTTP/1.1", 400), (b"GET / HTTP/2.0", 505), (b"GET * HTTP/1.1", 400),
+                         (b"GET /\xe4 HTTP/1.1", 400), (b"CONNECT / HTTP/1.1", 400), (b"GET / HTTP/1.1\n", 400),
+                         (b"GET /" + b"a" * 9000 + b" HTTP/1.1", 414)):
+        known = Driven(driven.stateful).feed(line + b"\r\n" + lines)
+        assert known.status == status and not known.packets, line
+    for extra in (b"Content-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+                  b"Expect: 100-continue\r\n"):
+        other = Http()
+        Driven(other).feed(b"GET / HTTP/1.1\r\n" + extra + lines)
+        assert not other._ordinary
 
 
 def test_senseless_settings_raise_value_error():
@@ -912,12 +932,19 @@ def sound(driven):
 def test_a_hundred_thousand_broken_messages():
     """Single-byte mutations of valid messages (all of them), random bytes, random pieces: no traceback, nothing unsound."""
     chance = random.Random(5)
-    http = Http()
+    http, nothing_kept = Http(), Http(heads_kept=0)
     cases = 0
     for data in VALID:
         for at in range(len(data)):
             for byte in range(256):
-                sound(Driven(http).feed(data[:at] + bytes([byte]) + data[at + 1:]))
+                broken = data[:at] + bytes([byte]) + data[at + 1:]
+                driven = Driven(http).feed(broken)
+                sound(driven)
+                if cases % 4 == 0:                      # what is known already is no other reading
+                    anew = Driven(nothing_kept).feed(broken)
+                    assert [(one.method, one.target, one.headers, one.body) for one in driven.packets] == \
+                        [(one.method, one.target, one.headers, one.body) for one in anew.packets]
+                    assert [error.status for error in driven.errors] == [error.status for error in anew.errors]
                 cases += 1
     pieces = [b"GET", b" ", b"/", b"HTTP/1.1", b"\r\n", b"\r", b"\n", b"Host: a", b":", b"Content-Length: 1", b"chunked",
               b"Transfer-Encoding: ", b"0", b"1", b"\0", b"\t", b";", b"\r\n\r\n", b"Connection: close",
