@@ -17,7 +17,7 @@ This module is the portable core. Beside it stands one engine per system, leviat
 which knows sockets and nothing else. Copy the core and the engine you need next to your program, or make one file of
 all: `python leviathan.py bundle myserver/leviathan.py`.
 
-Sections: errors and kinds, framings, buffers and the SessionManager, Session, completions, EventQueue, Communicator,
+Sections: errors and kinds, framings, HTTP, buffers and the SessionManager, Session, completions, EventQueue, Communicator,
 CommunicatorList, configuration, command line. MIT licence.
 """
 from __future__ import annotations
