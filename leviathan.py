@@ -17,7 +17,7 @@ This module is the portable core. Beside it stands one engine per system, leviat
 which knows sockets and nothing else. Copy the core and the engine you need next to your program, or make one file of
 all: `python leviathan.py bundle myserver/leviathan.py`.
 
-Sections: errors and kinds, framings, buffers and the SessionManager, Session, completions, EventQueue, Communicator,
+Sections: errors and kinds, framings, HTTP, buffers and the SessionManager, Session, completions, EventQueue, Communicator,
 CommunicatorList, configuration, command line. MIT licence.
 """
 from __future__ import annotations
@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LeviathanError", "ConfigError", "FramingError", "PoolExhausted", "Reason", "Kind", "Framing", "LengthPrefix",
-    "TextLength", "Delimited", "FixedSize", "Raw", "Function", "StatefulFraming", "SessionManager", "Session",
-    "ConnectionList", "EventQueue", "Communicator", "CommunicatorList", "Listener", "Connector", "run"]
+    "TextLength", "Delimited", "FixedSize", "Raw", "Function", "StatefulFraming", "Http", "Request", "Response", "Headers",
+    "SessionManager", "Session", "ConnectionList", "EventQueue", "Communicator", "CommunicatorList", "Listener",
+    "Connector", "run"]
 
 # Sources of the numbers below: MISSION B4 for the buffer classes, DESIGN section 4 for the water marks; the others
 # say where they come from.
@@ -255,11 +256,19 @@ class StatefulFraming(Framing):
         """What Session.send does; any thread. What it queues it queues by `session.write`."""
         return session.write(self.encode(packet), on_sent)
 
-    def refuse(self, session: Session, error: BaseException) -> None:
-        """The peer broke the protocol or was too slow, and is closed behind what is queued now: tell it why."""
+    def refuse(self, session: Session, error: BaseException) -> Optional[bool]:
+        """The peer broke the protocol or was too slow, and is closed behind what is queued now: tell it why.
 
-    def ended(self, session: Session) -> None:
-        """The peer sends no more; what was received of an incomplete packet is still in the RecvBuf."""
+        True: not yet. The framing still owes it something, and ends the session itself.
+        """
+        return False
+
+    def ended(self, session: Session) -> Optional[bool]:
+        """The peer sends no more; what was received of an incomplete packet is still in the RecvBuf.
+
+        True: the session stays open for sending, and the framing ends it itself.
+        """
+        return False
 
     def closed(self, session: Session) -> None:
         """The connection is gone; on_disconnect comes next."""
@@ -571,6 +580,1215 @@ class Function(Framing):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# HTTP/1.1 and 1.0 (RFC 9112, RFC 9110), both sides
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# What goes wrong with HTTP is nearly always that two programs see different boundaries in the same bytes (request
+# smuggling). So this parser has one reading of everything, and what the RFC lets a recipient repair it refuses: bare LF
+# and CR, folded lines, spaces before a colon, signs and underscores in numbers, two lengths. After the first thing that
+# is wrong nothing more of that connection is parsed.
+#
+# A message stays in the session's RecvBuf from its first byte to its last, chunked ones too. So the deadline counts from
+# the first byte, the pool's limit covers it, and a Content-Length sizes the buffer once (B5). How far a chunked body was
+# looked at is kept in `session.protocol`; when it is whole, one more pass joins it: two passes, however it is cut.
+#
+# Every regular expression here can match a text in one way only (what follows a repeated class is never in that class),
+# so none can be made to go back and forth: the time is linear in the length, and the length is limited.
+
+MAX_LINE = 8192                 # bytes of a request line; RFC 9112 section 3 wants 8000 at least
+MAX_HEADER = 1 << 15            # bytes of all header lines together; nginx allows 32 KiB too
+MAX_HEADERS = 100               # header lines, as in Apache
+MAX_CHUNK_LINE = 256            # bytes of a chunk's size and its extensions; those of AWS' signatures have 90
+MAX_PIPELINED = 64              # requests of a connection that are not answered yet, before receiving pauses
+HEADS_KEPT = 512                # header blocks that are known again, per Http object ...
+HEAD_KEPT_MAX = 1024            # ... if they are no longer than this: 0.5 MB of keys, and about as much of what they mean
+
+_CHUNKED, _TO_END = -1, -2      # lengths of bodies that have none
+
+_REASONS = {
+    100: "Continue", 102: "Processing", 103: "Early Hints", 200: "OK", 201: "Created", 202: "Accepted",
+    203: "Non-Authoritative Information", 204: "No Content", 205: "Reset Content", 206: "Partial Content",
+    300: "Multiple Choices", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
+    307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized",
+    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable",
+    407: "Proxy Authentication Required", 408: "Request Timeout", 409: "Conflict", 410: "Gone", 411: "Length Required",
+    412: "Precondition Failed", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+    416: "Range Not Satisfiable", 417: "Expectation Failed", 421: "Misdirected Request", 422: "Unprocessable Content",
+    425: "Too Early", 426: "Upgrade Required", 428: "Precondition Required", 429: "Too Many Requests",
+    431: "Request Header Fields Too Large", 451: "Unavailable For Legal Reasons", 500: "Internal Server Error",
+    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
+    505: "HTTP Version Not Supported", 507: "Insufficient Storage", 511: "Network Authentication Required"}
+
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                    # RFC 9110 section 5.6.2
+_FIELDS = r"(?:%s:[^\0-\x08\x0a-\x1f\x7f]*\r\n)*" % _TOKEN  # no CR, LF, NUL or other control but tab in a value
+
+
+class HttpError(FramingError):
+    """What the peer sent is not HTTP/1.1 as RFC 9112 has it, or is over a limit. `status` is what a server answers."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Headers:
+    """Header lines in their order, repeated ones too; names in any case. Cannot be changed.
+
+    *fields*: a dict, or pairs. `headers["Accept"]` and `get` give one line's value, of several lines their values joined
+    by a comma (RFC 9110 section 5.3), `get_all` each of them, for Set-Cookie above all; `items` gives the pairs as they
+    were sent. len() and iteration count lines.
+    """
+
+    __slots__ = ("_raw", "_pairs", "_index")
+
+    def __init__(self, fields: Any = ()) -> None:
+        self._raw = ""                      # lines that are right, and not looked at before somebody asks
+        self._pairs: Optional[Tuple[Tuple[str, str], ...]] = tuple(
+            (str(name), str(value)) for name, value in (fields.items() if hasattr(fields, "items") else fields))
+        self._index: Optional[Dict[str, str]] = None        # {lower-case name: values joined}
+
+    @classmethod
+    def _of(cls, raw: str) -> Headers:
+        headers = cls.__new__(cls)
+        headers._raw, headers._pairs, headers._index = raw, None, None
+        return headers
+
+    def items(self) -> Tuple[Tuple[str, str], ...]:
+        """The (name, value) pairs."""
+        pairs = self._pairs
+        if pairs is None:
+            found = [line.partition(":") for line in self._raw.split("\r\n")[:-1]]
+            pairs = self._pairs = tuple((name, value.strip(" \t")) for name, _, value in found)
+        return pairs
+
+    def _by_name(self) -> Dict[str, str]:
+        index: Dict[str, str] = {}
+        for name, value in self.items():
+            name = name.lower()
+            index[name] = value if name not in index else "%s, %s" % (index[name], value)
+        self._index = index
+        return index
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of *name*, or *default*."""
+        index = self._index
+        return (self._by_name() if index is None else index).get(name.lower(), default)
+
+    def get_all(self, name: str) -> List[str]:
+        """The values of all lines of that *name*."""
+        name = name.lower()
+        return [value for key, value in self.items() if key.lower() == name]
+
+    def __getitem__(self, name: str) -> str:
+        index = self._index
+        return (self._by_name() if index is None else index)[name.lower()]
+
+    def __contains__(self, name: object) -> bool:
+        index = self._index
+        return isinstance(name, str) and name.lower() in (self._by_name() if index is None else index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name, _ in self.items()])
+
+    def __len__(self) -> int:
+        return len(self.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self.items() == other.items() if isinstance(other, Headers) else NotImplemented
+
+    __hash__ = None             # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "Headers(%r)" % (list(self.items()),)
+
+
+_NO_HEADERS = Headers()
+
+
+class _Head:
+    """A request's first line and headers, parsed. Requests with the same bytes share one."""
+
+    __slots__ = ("method", "target", "path", "query", "version", "headers", "keep_alive", "length", "expects", "plain")
+
+    def __init__(self, method: str, target: str, version: str, headers: Headers) -> None:
+        self.method, self.target, self.version, self.headers = method, target, version, headers
+        path = target
+        if target[:1] not in ("/", "*") and method != "CONNECT":        # http://host/path
+            rest = target.partition("://")[2]
+            at = min([at for at in (rest.find("/"), rest.find("?")) if at >= 0] or [len(rest)])
+            path = rest[at:] if rest[at:at + 1] == "/" else "/" + rest[at:]
+        self.path, _, self.query = path.partition("?")
+        self.keep_alive = version != "1.0"
+        self.length = 0                     # of the body; or _CHUNKED
+        self.expects = False                # "100-continue"
+        self.plain = False                  # answered in the ordinary way: 1.1, kept alive, not HEAD
+
+
+class Request:
+    """An HTTP request: what a server's handler gets, and what a client sends.
+
+    `method`, `target` as it was sent, `path` and `query` (its parts, still percent-encoded), `version` ("1.1" or "1.0"),
+    `headers` and `trailers` (Headers), `body` (bytes), `keep_alive`, `session`. A client makes one of *method*, *target*,
+    *headers* (a dict, pairs or Headers) and *body* (bytes or str).
+    """
+
+    __slots__ = ("_head", "session", "body", "trailers", "_state", "_parts", "_closes")
+
+    def __init__(self, method: str = "GET", target: str = "/", headers: Any = None, body: Union[BytesLike, str] = b"") -> None:
+        self._head = _Head(method, target, "1.1", headers if isinstance(headers, Headers) else Headers(headers or ()))
+        self.session: Any = None
+        self.body: bytes = body.encode("utf-8") if isinstance(body, str) else bytes(body)
+        self.trailers = _NO_HEADERS
+        self._state = _OPEN                 # its connection's lock guards this and the next two
+        self._parts: Optional[List[Tuple[Tuple[bytes, ...], Optional[OnSent]]]] = None      # answered before its turn
+        self._closes = False                # the connection ends behind its answer
+
+    method = property(lambda self: self._head.method, doc="GET, POST ...")
+    target = property(lambda self: self._head.target, doc="What stands between method and version, as it was sent.")
+    path = property(lambda self: self._head.path, doc="The target up to its question mark, percent-encoded as it came.")
+    query = property(lambda self: self._head.query, doc="The target behind its question mark.")
+    version = property(lambda self: self._head.version, doc='"1.1" or "1.0"')
+    headers = property(lambda self: self._head.headers, doc="The header lines, as Headers.")
+    keep_alive = property(lambda self: self._head.keep_alive, doc="The connection stays open behind the answer.")
+
+    def __repr__(self) -> str:
+        return "<Request %s %s>" % (self.method, self.target)
+
+    def reply(self, response: Any, on_sent: Optional[OnSent] = None) -> bool:
+        """Answer this request; any thread, never waits. *response*: a Response, or bytes or str (status 200).
+
+        It leaves when the answers of the requests before it have left. True if it is queued, False if the connection
+        has ended. Raises ValueError if it is answered already, and for what cannot be sent.
+        """
+        done = self._http().answer(self.session, self, response, on_sent)
+        if done is None:
+            raise ValueError("%r is answered already" % self)
+        return done
+
+    def stream(self, status: int = 200, headers: Any = None) -> ResponseStream:
+        """Begin an answer whose body follows piece by piece; see ResponseStream. Raises ValueError like `reply`."""
+        return ResponseStream(self._http(), self, status, headers)
+
+    def _http(self) -> Http:
+        if self.session is None:
+            raise ValueError("%r was not received by a server" % self)
+        return self.session.stateful        # type: ignore[no-any-return]
+
+
+_OPEN, _STREAMED, _ANSWERED = 0, 1, 2       # Request._state
+
+
+class Response:
+    """An HTTP response: what a server sends, and what a client's handler gets.
+
+    A server makes one of *status*, *headers* (a dict, pairs or Headers) and *body* (bytes or str). Content-Length, Date
+    and Connection are added; a str is sent as UTF-8, and as text/plain unless the headers say otherwise. A client finds
+    also `reason`, `version`, `trailers`, `keep_alive` and `request`, the one that it answers.
+    """
+
+    __slots__ = ("status", "headers", "body", "reason", "version", "trailers", "keep_alive", "request")
+
+    def __init__(self, status: int = 200, headers: Any = None, body: Union[BytesLike, str, None] = b"") -> None:
+        self.status = status
+        self.headers = headers
+        self.body: Any = body
+        self.reason = ""
+        self.version = "1.1"
+        self.trailers = _NO_HEADERS
+        self.keep_alive = True
+        self.request: Optional[Request] = None
+
+    def __repr__(self) -> str:
+        return "<Response %s>" % self.status
+
+
+class ResponseStream:
+    """An answer that is sent piece by piece, from any thread: `write` as often as you like, then `close`.
+
+    It is chunked; with a Content-Length among the headers it is sent as it is, and must have that length. A peer that
+    speaks HTTP/1.0 gets it as it is, and the connection closes behind it. As a context manager it closes itself, and
+    aborts the connection when the block raises, so that the peer does not take it for whole.
+    """
+
+    def __init__(self, http: Http, request: Request, status: int, headers: Any) -> None:
+        self.request = request
+        self._http = http
+        self._lock = threading.Lock()       # guards the rest, and keeps pieces in order
+        self._closed = False
+        head, self._chunked, self._left, self._silent, closes = http.stream_head(request, status, headers)
+        begun = http.emit(request.session, request, (head,), _STREAMED, closes, None)
+        if begun is None:
+            raise ValueError("%r is answered already" % request)
+
+    def write(self, data: Union[BytesLike, str], on_sent: Optional[OnSent] = None) -> bool:
+        """Send a piece; nothing of length 0. False if the connection has ended. ValueError: closed, or too much."""
+        data = data.encode("utf-8") if isinstance(data, str) else bytes(data)
+        with self._lock:
+            if self._closed:
+                raise ValueError("the answer to %r is closed" % self.request)
+            if self._left is not None:
+                if len(data) > self._left:
+                    raise ValueError("%d bytes more than its Content-Length" % (len(data) - self._left))
+                self._left -= len(data)
+            if self._silent or not data:
+                chunks: Tuple[bytes, ...] = ()
+            elif self._chunked:
+                chunks = (b"%x\r\n%b\r\n" % (len(data), data),) if len(data) <= SEND_INLINE else \
+                    (b"%x\r\n" % len(data), data, b"\r\n")
+            else:
+                chunks = (data,)
+            return bool(self._http.emit(self.request.session, self.request, chunks, _STREAMED, False, on_sent,
+                                        _STREAMED))
+
+    def close(self) -> bool:
+        """The answer is whole. False if the connection has ended. A second close does nothing.
+
+        If there is a Content-Length and less was written, the connection is aborted, and ValueError is raised.
+        """
+        with self._lock:
+            if self._closed:
+                return True
+            self._closed = True
+            if self._left and not self._silent:
+                self.request.session.abort()
+                raise ValueError("%d bytes less than its Content-Length" % self._left)
+            last = (b"0\r\n\r\n",) if self._chunked and not self._silent else ()
+            return bool(self._http.emit(self.request.session, self.request, last, _ANSWERED, False, None, _STREAMED))
+
+    def __enter__(self) -> ResponseStream:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._closed = True
+            self.request.session.abort()
+
+
+class _Exchange:
+    """What Http remembers of a connection, in `session.protocol`."""
+
+    __slots__ = ("lock", "pending", "calm", "held", "due", "gone", "waiting", "ending", "current", "done", "eof",
+                 "head", "size", "length", "need", "scan", "total", "spare", "tail")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()        # guards the next seven
+        self.pending: Deque[Request] = deque()      # a server's: received, not answered to the end; a client's: sent
+        self.calm = True                    # none of the following is so
+        self.held = False                   # receiving pauses because so many are pending
+        self.due = False                    # 100 Continue is to be sent when nothing is pending
+        self.gone = False                   # the connection has ended
+        self.waiting = 0                    # bytes of answers that wait for an earlier one
+        self.ending: Optional[Tuple[Reason, BaseException]] = None      # why it ends when all is answered
+        # Only the session's own thread touches the rest.
+        self.current: Optional[Request] = None      # its handler runs now
+        self.done = False                   # nothing more is parsed
+        self.eof = False
+        self.reset()
+
+    def reset(self) -> None:
+        """No message has begun."""
+        self.head: Any = None               # of the message that is coming in: a _Head, or a Response
+        self.size = 0                       # bytes of its head
+        self.length = 0                     # of its body; or _CHUNKED, _TO_END
+        self.need = 0                       # bytes of all of it, or of as much as is known to come; 0: not known
+        self.scan = 0                       # chunked: up to here it was looked at
+        self.total = 0                      # chunked: bytes of its body up to there
+        self.spare = 0                      # chunked: bytes of extensions and leading zeros up to there
+        self.tail = 0                       # chunked: where the trailers begin; 0: not there yet
+
+
+class Http(StatefulFraming):
+    """HTTP/1.1 and HTTP/1.0 (H3). As a server, handlers get a Request when it is whole, and `session.send` takes a
+    Response, bytes or str. With role="client" it is the other way round.
+
+    `session.send` answers the request whose handler runs on this thread, else the oldest that is not answered;
+    `request.reply` answers that very one, `request.stream` piece by piece. Any thread may do so at any time; answers
+    leave in the order of the requests. Each request is answered once: a second time is a ValueError.
+
+    What breaks the rules or is over a limit is answered with 400, 408, 413, 414, 417, 431, 501 or 505 behind the answers
+    that are owed by then, and the connection closes. Limits: *max_line* bytes of the request line, *max_header* bytes and
+    *max_headers* number of header lines, and the same for trailers, *max_body* bytes of a body, *max_pipelined* requests
+    that are not answered yet, above which receiving pauses. *heads_kept*: header blocks without a body that are known
+    again when the same bytes come, as keep-alive clients send them, instead of being parsed anew, and as many header
+    lines without their request line; 0: none.
+    """
+
+    def __init__(self, role: str = "server", *, max_line: int = MAX_LINE, max_header: int = MAX_HEADER,
+                 max_headers: int = MAX_HEADERS, max_body: int = MAX_PACKET, max_pipelined: int = MAX_PIPELINED,
+                 heads_kept: int = HEADS_KEPT) -> None:
+        import re                           # here, so that importing leviathan does not compile what is not used
+        if role not in ("server", "client"):
+            raise ValueError("role is %r; it must be 'server' or 'client'" % (role,))
+        for name, value in (("max_line", max_line), ("max_header", max_header), ("max_headers", max_headers),
+                            ("max_pipelined", max_pipelined)):
+            if not 1 <= value <= 1 << 24:
+                raise ValueError("%s is %r; it must be 1 to %d" % (name, value, 1 << 24))
+        if not 0 <= max_body <= (1 << LARGEST_CLASS) - max_line - max_header - 4:
+            raise ValueError("max_body is %r; header and body must be %d bytes at most" % (max_body, 1 << LARGEST_CLASS))
+        self.role, self.client = role, role == "client"
+        self.max_line, self.max_header, self.max_headers, self.max_body = max_line, max_header, max_headers, max_body
+        self.max_pipelined, self.heads_kept = max_pipelined, heads_kept
+        self.max_packet = max_line + max_header + 4 + max_body
+        self._known: Dict[bytes, _Head] = {}            # {header block: what it means}, of requests without a body
+        self._ordinary: Dict[bytes, Headers] = {}       # {their header lines: the same}, for requests of another target
+        self._blocks: Dict[Any, bytes] = {}             # {a response's ordinary headers, as pairs: its lines}
+        self._stamp = -1.0                  # when the Date of _starts is over
+        self._date = b""
+        self._starts: Dict[int, bytes] = {}     # {status: status line and Date}, for one second
+        self._request_rule = re.compile(r"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n(%s)" % (_TOKEN, _FIELDS)).fullmatch
+        self._status_rule = re.compile(
+            r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\0-\x08\x0a-\x1f\x7f]*))?\r\n(%s)" % _FIELDS).fullmatch
+        self._line_rule = re.compile(r"(%s) ([!-~]+) HTTP/1\.1" % _TOKEN).fullmatch
+        self._first_line_rule = re.compile(r"%s [!-~]+ HTTP/[0-9]\.[0-9]" % _TOKEN).fullmatch
+        self._special_rule = re.compile(
+            r"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)").findall
+        self._fields_rule = re.compile(_FIELDS).fullmatch
+        self._token_rule = re.compile(_TOKEN).fullmatch
+        self._value_rule = re.compile(r"[^\0-\x08\x0a-\x1f\x7f]*").fullmatch
+        self._target_rule = re.compile(r"[!-~]+").fullmatch
+        self._host_rule = re.compile(r"[!$%&'()*+,\-.0-9:;=\[\]_~a-z]*").fullmatch      # RFC 3986 section 3.2, in lower case
+        self._length_rule = re.compile(r"[0-9]+").fullmatch
+        self._bare_rule = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0").search
+        token = _TOKEN.encode()
+        quoted = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+        self._chunk_rule = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)"
+                                      % (token, token, quoted)).fullmatch
+
+    # -- owner thread: the connection's life --------------------------------------------------------------------------
+
+    def begin(self, session: Session) -> None:
+        """See StatefulFraming.begin."""
+        session.protocol = _Exchange()      # type: ignore[attr-defined]
+
+    def refuse(self, session: Session, error: BaseException) -> Optional[bool]:
+        """Answer what was wrong, behind the answers that are owed. True: it is closed when those have left."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if self.client:
+            return False
+        if exchange.done:
+            return bool(exchange.pending)
+        status, reason = getattr(error, "status", 400), Reason.PROTOCOL
+        if isinstance(error, TimeoutError):
+            status, reason = 408, Reason.TIMEOUT
+            if exchange.due or not session.filled:      # it waits for us; or it is only idle, which needs no answer
+                session.last = time.monotonic()         # while we owe it something it is not idle
+                return bool(exchange.pending)
+        return self._give_up(session, status, reason, error)
+
+    def _give_up(self, session: Session, status: int, reason: Reason, error: BaseException) -> bool:
+        """Queue an error's answer behind all others, and parse no more."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        head = exchange.head
+        exchange.done = True
+        exchange.reset()
+        last = Request(head.method if head is not None else "GET")
+        last._head.keep_alive = False
+        with exchange.lock:
+            exchange.pending.append(last)
+            exchange.calm = exchange.due = False
+            exchange.ending = reason, error
+        text = "%d %s\n" % (status, _REASONS.get(status, ""))
+        return self.answer(session, last, Response(status, None, text), None) is not False
+
+    def ended(self, session: Session) -> Optional[bool]:
+        """The peer sends no more. It gets the answers that it is owed all the same; see StatefulFraming.ended."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        exchange.eof = True
+        if self.client:
+            if exchange.length == _TO_END and session.partial is not None:
+                session.received(session, session.partial.array, session.filled)        # now it is whole
+            return False
+        with exchange.lock:
+            exchange.calm = exchange.due = False
+            exchange.done = True
+            return bool(exchange.pending)
+
+    def closed(self, session: Session) -> None:
+        """See StatefulFraming.closed."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        with exchange.lock:
+            exchange.gone, exchange.calm, exchange.done = True, False, True
+            dropped = list(exchange.pending)
+            exchange.pending.clear()
+        for request in dropped:
+            for _, on_sent in request._parts or ():
+                if on_sent is not None:
+                    _guarded(session, on_sent, False)
+
+    # -- any thread: sending ------------------------------------------------------------------------------------------
+
+    def encode(self, packet: Any) -> bytes:
+        """There is no such thing as an answer to nobody: ValueError."""
+        raise ValueError("HTTP has no broadcast: each message is an answer, or gets one")
+
+    def send(self, session: Session, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
+        """See StatefulFraming.send: a client's request, or a server's answer to the request being handled, or the oldest."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if self.client:
+            return self._request(session, packet, on_sent)
+        if exchange is None:
+            return False                    # not connected yet
+        request = exchange.current
+        # On Windows `thread` is always 0: there the engine knows whose the session is just now.
+        if request is not None and (get_ident() == session.thread or session.communicator.queue.engine.owns(session)):
+            done = self.answer(session, request, packet, on_sent)
+            if done is None:
+                raise ValueError("%r is answered already" % request)
+            return done
+        while True:
+            with exchange.lock:
+                if exchange.gone or session.state is not State.OPEN:
+                    return False
+                oldest = [request for request in exchange.pending if request._state == _OPEN][:1]
+            if not oldest:
+                raise ValueError("there is no request to answer")
+            done = self.answer(session, oldest[0], packet, on_sent)
+            if done is not None:            # else another thread was faster
+                return done
+
+    def answer(self, session: Session, request: Request, packet: Any, on_sent: Optional[OnSent]) -> Optional[bool]:
+        """Answer *request*. None if that was done before, False if the connection has ended."""
+        head = request._head
+        # The fast path: what is sent most, on the thread that owns the session, while nothing else is owed.
+        if head.plain and on_sent is None and get_ident() == session.thread:
+            data = None
+            kind = type(packet)
+            if kind is Response:
+                body = packet.body
+                if type(body) is bytes and len(body) <= SEND_INLINE and packet.status >= 200 and packet.status != 204 \
+                        and packet.status != 304:
+                    headers = packet.headers
+                    try:
+                        block = self._blocks.get(tuple(headers.items()) if type(headers) is dict else
+                                                 tuple(headers) if type(headers) is list else headers or ())
+                    except TypeError:
+                        block = None        # it has a list in it, or what else is not hashable
+                    if block is not None:
+                        data = b"%b%bContent-Length: %d\r\n\r\n%b" % (
+                            self._start(packet.status), block, len(body), body)
+            elif kind is bytes and len(packet) <= SEND_INLINE:
+                data = b"%bContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n%b" % (
+                    self._start(200), len(packet), packet)
+            if data is not None:
+                exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+                with exchange.lock:
+                    if request._state:
+                        return None
+                    pending = exchange.pending
+                    alone = exchange.calm and len(pending) == 1 and pending[0] is request
+                    if alone:
+                        request._state = _ANSWERED
+                        pending.clear()
+                # Only this thread adds requests, so nobody can come in between.
+                if alone:
+                    return session.put(data)            # type: ignore[attr-defined,no-any-return]
+                return self.emit(session, request, (data,), _ANSWERED, False, None)
+        chunks, state, closes = self._encode_answer(head, packet)
+        return self.emit(session, request, chunks, state, closes, on_sent)
+
+    def emit(self, session: Session, request: Request, chunks: Tuple[bytes, ...], state: int, closes: bool,
+             on_sent: Optional[OnSent], before: int = _OPEN) -> Optional[bool]:
+        """Queue a part of the answer to *request*, when its turn has come; that takes it from state *before* to *state*.
+
+        *closes*: the connection ends behind the whole of it. None if it is in another state, False if nobody is there.
+        """
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        with exchange.lock:
+            if exchange.gone or session.state is not State.OPEN:
+                return False
+            if request._state != before:
+                return None
+            pending = exchange.pending
+            request._state = state
+            if closes:
+                request._closes = exchange.done = True      # what is still received is nobody's
+            if pending[0] is not request:
+                size = sum(map(len, chunks))
+                if exchange.waiting and exchange.waiting + size > session.send_limit:
+                    session.overflow()      # it asks for much, and one of the answers before it does not come
+                    return False
+                exchange.waiting += size
+                if request._parts is None:
+                    request._parts = []
+                request._parts.append((chunks, on_sent))
+                return True
+            if state != _OPEN:
+                session.last = time.monotonic()         # it was no idle peer that we let wait
+            done = self._write(session, chunks, on_sent)
+            if state == _ANSWERED:
+                self._advance(session, exchange)
+            return done
+
+    @staticmethod
+    def _write(session: Session, chunks: Tuple[bytes, ...], on_sent: Optional[OnSent]) -> bool:
+        """Queue bytes; none at all are sent at once."""
+        if chunks:
+            return session._queue(chunks, on_sent)
+        if on_sent is not None:
+            session.communicator.queue.engine.run_on_owner(session, _Core.on_sent, session, on_sent, True)
+        return True
+
+    def _advance(self, session: Session, exchange: _Exchange) -> None:
+        """The oldest request is answered: send what was waiting for that. The lock is held."""
+        pending = exchange.pending
+        while pending:
+            request = pending[0]
+            for chunks, on_sent in request._parts or ():
+                exchange.waiting -= sum(map(len, chunks))
+                if not self._write(session, chunks, on_sent) and on_sent is not None:
+                    session.communicator.queue.engine.run_on_owner(session, _Core.on_sent, session, on_sent, False)
+            request._parts = None
+            if request._state != _ANSWERED:
+                break
+            pending.popleft()
+            if request._closes:
+                self._finish(session, exchange)
+                return
+        if not pending:
+            if exchange.due:
+                exchange.due = False
+                exchange.calm = not (exchange.held or exchange.eof)
+                session._queue((b"HTTP/1.1 100 Continue\r\n\r\n",), None)
+            if exchange.eof:
+                self._finish(session, exchange)
+        if exchange.held and len(pending) <= self.max_pipelined // 2:
+            exchange.held = False
+            exchange.calm = not (exchange.due or exchange.eof)
+            session.resume_for(PAUSED_PIPELINED)
+
+    def _finish(self, session: Session, exchange: _Exchange) -> None:
+        """The last answer is queued: close behind it. The lock is held."""
+        exchange.gone, exchange.calm = True, False
+        for request in exchange.pending:    # behind an answer that closes: nobody will read theirs
+            for _, on_sent in request._parts or ():
+                if on_sent is not None:
+                    session.communicator.queue.engine.run_on_owner(session, _Core.on_sent, session, on_sent, False)
+        exchange.pending.clear()
+        reason, error = exchange.ending or (Reason.NORMAL, None)
+        session.end(True, reason, error)
+
+    def _start(self, status: int) -> bytes:
+        """Status line and Date; made once a second for each status."""
+        now = time.time()
+        starts = self._starts
+        if not self._stamp - 1.0 <= now < self._stamp:          # its second is over, or the clock was put back
+            at = time.gmtime(now)
+            self._date = b"Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % (
+                b"MonTueWedThuFriSatSun"[3 * at.tm_wday:3 * at.tm_wday + 3], at.tm_mday,
+                b"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * at.tm_mon - 3:3 * at.tm_mon], at.tm_year,
+                at.tm_hour, at.tm_min, at.tm_sec)
+            starts = self._starts = {}
+            self._stamp = int(now) + 1.0
+        found = starts.get(status)
+        if found is None:
+            found = starts[status] = self._status_line(status) + self._date
+        return found
+
+    @staticmethod
+    def _status_line(status: int) -> bytes:
+        if not isinstance(status, int) or not 100 <= status <= 599 or status == 101:
+            raise ValueError("status is %r; it must be 100 to 599, and not 101: there is no other protocol" % (status,))
+        return b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, "").encode())
+
+    def _lines(self, headers: Any) -> Tuple[bytes, bool, bool, bool, Optional[int]]:
+        """Check and encode headers: (lines, has Content-Type, has Date (a client's: Host), says close, Content-Length).
+
+        Content-Length and Connection are not among the lines. Raises ValueError for what would be no header, so that
+        nobody can smuggle in lines by a value (CWE-113).
+        """
+        lines: List[str] = []
+        typed = dated = closes = False
+        length: Optional[int] = None
+        pairs = tuple(headers.items() if hasattr(headers, "items") else headers or ())
+        for name, value in pairs:
+            name = name.decode("latin-1") if isinstance(name, bytes) else str(name)
+            value = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+            if not self._token_rule(name):
+                raise ValueError("%r is no header's name" % (name,))
+            if not self._value_rule(value):
+                raise ValueError("the value of %s has a control character in it" % name)
+            lower = name.lower()
+            if lower == "content-length":
+                if not self._length_rule(value) or len(value) > 18 or length not in (None, int(value)):
+                    raise ValueError("Content-Length is %r" % (value,))
+                length = int(value)
+                continue
+            if lower == "transfer-encoding":
+                raise ValueError("Transfer-Encoding is added where it is needed, and only there")
+            if lower == "connection":
+                tokens = [token.strip(" \t").lower() for token in value.split(",")]
+                closes = closes or "close" in tokens
+                if closes or tokens == ["keep-alive"]:
+                    continue
+            typed = typed or lower == "content-type"
+            dated = dated or lower == ("host" if self.client else "date")
+            lines.append("%s: %s\r\n" % (name, value))
+        try:
+            block = "".join(lines).encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ValueError("a header's value has characters that are not latin-1: %s" % error) from None
+        if not (dated or closes or length is not None) and len(block) <= HEAD_KEPT_MAX and \
+                all(type(pair) is tuple and type(pair[0]) is str is type(pair[1]) for pair in pairs):
+            if len(self._blocks) >= HEADS_KEPT:
+                self._blocks.clear()
+            self._blocks[pairs] = block     # the same headers, checked and encoded, are found by the fast path
+        return block, typed, dated, closes, length
+
+    def _encode_answer(self, head: _Head, packet: Any) -> Tuple[Tuple[bytes, ...], int, bool]:
+        """(bytes, state of the request behind it, whether it closes) of a Response, bytes or str."""
+        if not isinstance(packet, Response):
+            if not isinstance(packet, (bytes, str, bytearray, memoryview)):
+                raise TypeError("an answer is a Response, bytes or str, not %s" % type(packet).__name__)
+            kind = None if isinstance(packet, str) else {"Content-Type": "application/octet-stream"}
+            packet = Response(200, kind, packet)
+        status, body = packet.status, packet.body
+        start = self._start(status)
+        block, typed, dated, closes, length = self._lines(packet.headers)
+        if isinstance(body, str):
+            body = body.encode("utf-8")
+            if not typed:
+                block += b"Content-Type: text/plain; charset=utf-8\r\n"
+        body = b"" if body is None else body if type(body) is bytes else bytes(body)
+        if dated:
+            start = self._status_line(status)
+        if status < 200:                    # interim: the answer is still to come. HTTP/1.0 does not know it.
+            return (self._status_line(status) + block + b"\r\n",) if head.version != "1.0" else (), _OPEN, False
+        closes = closes or not head.keep_alive
+        bodiless = head.method == "HEAD" or status in (204, 304)
+        if length is None:
+            size = b"" if status == 204 or status == 304 and not body else b"Content-Length: %d\r\n" % len(body)
+        elif status == 204:
+            raise ValueError("204 has no Content-Length (RFC 9110 section 8.6)")
+        elif length != len(body) and not bodiless:
+            raise ValueError("Content-Length is %d, and the body has %d bytes" % (length, len(body)))
+        else:
+            size = b"Content-Length: %d\r\n" % length
+        data = start + block + self._connection(head, closes) + size + b"\r\n"
+        if bodiless or not body:
+            return (data,), _ANSWERED, closes
+        return (data + body,) if len(body) <= SEND_INLINE else (data, body), _ANSWERED, closes
+
+    @staticmethod
+    def _connection(head: _Head, closes: bool) -> bytes:
+        return b"Connection: close\r\n" if closes else b"Connection: keep-alive\r\n" if head.version == "1.0" else b""
+
+    def stream_head(self, request: Request, status: int, headers: Any) -> Tuple[bytes, bool, Optional[int], bool, bool]:
+        """(head, chunked, Content-Length, no body is sent, whether it closes) of an answer in pieces."""
+        head = request._head
+        start = self._start(status)
+        block, _, dated, closes, length = self._lines(headers)
+        if status < 200:
+            raise ValueError("an answer in pieces has a final status")
+        if dated:
+            start = self._status_line(status)
+        silent = head.method == "HEAD" or status in (204, 304)
+        chunked = length is None and head.version != "1.0" and status not in (204, 304)
+        closes = closes or not head.keep_alive or length is None and head.version == "1.0" and not silent
+        if length is not None and status != 204:
+            block += b"Content-Length: %d\r\n" % length
+        elif chunked:
+            block += b"Transfer-Encoding: chunked\r\n"
+        return start + block + self._connection(head, closes) + b"\r\n", chunked, length, silent, closes
+
+    def _request(self, session: Session, packet: Any, on_sent: Optional[OnSent]) -> bool:
+        """Send a client's request; the responses come in the same order."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if isinstance(packet, str):
+            packet = Request("GET", packet)
+        if not isinstance(packet, Request):
+            raise TypeError("a request is a Request, or a str for a GET, not %s" % type(packet).__name__)
+        method, target, body = packet.method, packet.target, packet.body
+        if not self._token_rule(method) or method == "CONNECT":
+            raise ValueError("%r cannot be a method here" % (method,))
+        if not self._target_rule(target):
+            raise ValueError("%r cannot be a target: it must be visible ASCII, percent-encoded" % (target,))
+        block, _, hosted, closes, length = self._lines(packet.headers.items())
+        if length is not None and length != len(body):
+            raise ValueError("Content-Length is %d, and the body has %d bytes" % (length, len(body)))
+        if hosted:
+            host = b""
+        else:
+            host = b"Host: %b\r\n" % (_address_text(session.peer) if isinstance(session.peer, tuple) else "localhost").encode()
+        if body or length is not None or method in ("POST", "PUT", "PATCH"):
+            block += b"Content-Length: %d\r\n" % len(body)
+        if closes:
+            block += b"Connection: close\r\n"
+        data = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method.encode(), target.encode(), host, block)
+        chunks = (data + body,) if len(body) <= SEND_INLINE else (data, body)
+        if exchange is None:
+            return False
+        with exchange.lock:
+            if exchange.gone or exchange.done:
+                return False
+            exchange.pending.append(packet)
+            if on_sent is None and len(chunks) == 1:
+                done = session.put(chunks[0])           # type: ignore[attr-defined]
+            else:
+                done = session._queue(chunks, on_sent)
+            if not done:
+                exchange.pending.pop()
+            return bool(done)
+
+    # -- owner thread: receiving --------------------------------------------------------------------------------------
+
+    def receiver(self, on_packet: OnPacket, rest: Callable[[Session, Any, int, int], None],
+                 fail: Callable[[Session, BaseException], None]) -> Callable[[Session, Any, int], None]:
+        """See Framing.receiver. A request without a body that is known again is handed on with two look-ups."""
+        known = self._known
+        limit = self.max_pipelined
+        new = Request.__new__
+        raised = self._raised
+        general = self._received
+        if self.client:
+            return lambda session, buffer, end: general(session, buffer, end, on_packet, rest, fail)
+
+        def received(session: Session, buffer: Any, end: int) -> None:
+            exchange: _Exchange = session.protocol      # type: ignore[attr-defined]
+            if session.partial is None and end <= HEAD_KEPT_MAX and not exchange.done:
+                # The hot path: one request, and all of it, as nearly every receive of a keep-alive connection is.
+                head = known.get(buffer[:end])
+                if head is not None:
+                    request = new(Request)
+                    request._head = head
+                    request.session = session
+                    request.body = b""
+                    request.trailers = _NO_HEADERS
+                    request._state = 0
+                    request._parts = None
+                    request._closes = False
+                    pending = exchange.pending
+                    with exchange.lock:
+                        pending.append(request)
+                    exchange.current = request
+                    session.direct = True
+                    try:
+                        on_packet(session, request)
+                    except BaseException as error:
+                        raised(session, request, error, fail)
+                    exchange.current = None
+                    if len(pending) >= limit:
+                        self._hold(session, exchange)
+                    return
+            general(session, buffer, end, on_packet, rest, fail)
+
+        return received
+
+    def _received(self, session: Session, buffer: Any, end: int, on_packet: OnPacket,
+                  rest: Callable[[Session, Any, int, int], None], fail: Callable[[Session, BaseException], None]) -> None:
+        """The general form: any number of messages, whole or not."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        start = 0
+        try:
+            while start < end and not exchange.done:
+                stop = self._scan(session, exchange, buffer, start, end, 0 if start else session.seen)
+                if not stop:
+                    break
+                if self.client:
+                    start = self._deliver(session, exchange, buffer, start, stop, on_packet)
+                else:
+                    session.direct = not start and stop == end
+                    start = self._dispatch(session, exchange, buffer, start, stop, on_packet, fail)
+                if session.paused:
+                    break
+        except BaseException as error:
+            fail(session, error)
+            exchange.done = True
+        if exchange.done:
+            start = end                     # what is behind the last message is nobody's
+        if start != end or session.partial is not None:
+            rest(session, buffer, start, end)
+
+    def _dispatch(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int, on_packet: OnPacket,
+                  fail: Callable[[Session, BaseException], None]) -> int:
+        """Hand a whole request to the handler. Returns where the next message begins."""
+        if exchange.head is None:
+            return stop                     # an empty line in front of a request
+        request = Request.__new__(Request)
+        request._head = head = exchange.head
+        request.session = session
+        request.body, request.trailers = self._content(exchange, buffer, start, stop)
+        request._state, request._parts, request._closes = _OPEN, None, False
+        exchange.reset()
+        if not head.keep_alive:
+            exchange.done = True
+        with exchange.lock:
+            exchange.pending.append(request)
+            if exchange.due:                # it did not wait for the 100
+                exchange.due = False
+                exchange.calm = not exchange.held
+        exchange.current = request
+        try:
+            on_packet(session, request)
+        except BaseException as error:
+            self._raised(session, request, error, fail)
+        exchange.current = None
+        if len(exchange.pending) >= self.max_pipelined:
+            self._hold(session, exchange)
+        return stop
+
+    def _deliver(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int,
+                 on_packet: OnPacket) -> int:
+        """Hand a whole response to the handler. Returns where the next message begins."""
+        response = exchange.head
+        if response.status < 200:
+            exchange.reset()                # interim: the answer is still to come
+            return stop
+        response.body, response.trailers = self._content(exchange, buffer, start, stop)
+        exchange.reset()
+        with exchange.lock:
+            exchange.pending.popleft()
+            if not response.keep_alive:
+                exchange.done = True
+        on_packet(session, response)
+        if exchange.done and not exchange.eof:
+            session.close()
+        return stop
+
+    def _hold(self, session: Session, exchange: _Exchange) -> None:
+        """So many requests are not answered: receive no more before half of them are."""
+        with exchange.lock:
+            if len(exchange.pending) >= self.max_pipelined and not exchange.done:
+                exchange.held, exchange.calm = True, False
+                session._pause_for(PAUSED_PIPELINED)
+
+    def _raised(self, session: Session, request: Request, error: BaseException,
+                fail: Callable[[Session, BaseException], None]) -> None:
+        """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        exchange.done = True
+        if request._state != _OPEN or session.reason is not None:
+            fail(session, error)
+            return
+        _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
+        with exchange.lock:
+            exchange.ending = Reason.ERROR, error
+        self.answer(session, request, Response(500, {"Connection": "close"}, "500 Internal Server Error\n"), None)
+
+    # -- parsing: bytes in, boundaries out ----------------------------------------------------------------------------
+
+    def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
+        """See Framing.parse: known as soon as the header is there if it has a Content-Length, else when it is whole."""
+        exchange = _Exchange()
+        stop = self._scan(None, exchange, buffer, start, end, 0)
+        return stop - start if stop else exchange.need
+
+    def need(self, session: Session, buffer: Any, start: int, end: int, seen: int) -> int:
+        """See Framing.need: what the receiver has found out."""
+        return session.protocol.need        # type: ignore[attr-defined,no-any-return]
+
+    def _scan(self, session: Optional[Session], exchange: _Exchange, buffer: Any, start: int, end: int, seen: int) -> int:
+        """Where the message that begins at *start* ends; 0 if that is not there yet. Raises HttpError.
+
+        *exchange* knows what an earlier call has found of the same message.
+        """
+        if exchange.head is None:
+            skip = seen - 3 if seen > 3 else 0          # the end may have been cut in four
+            first = start + skip
+            part = buffer[first:end if end - first < HEAD_KEPT_MAX else first + HEAD_KEPT_MAX]
+            at = part.find(b"\r\n\r\n")
+            if at < 0 and first + HEAD_KEPT_MAX < end:   # seldom: so much is copied only when it must be
+                part = buffer[first:min(end, start + self.max_line + self.max_header + 4)]
+                at = part.find(b"\r\n\r\n")
+            if not skip and part[:2] == b"\r\n" and not self.client:
+                return start + 2            # RFC 9112 section 2.2: an empty line before a request is ignored
+            if at < 0:
+                self._check_incomplete(part, skip, buffer, start, end)
+                return 0
+            size = skip + at + 4
+            self._begin_message(exchange, buffer[start:start + size] if skip else part[:size])
+            exchange.size = exchange.scan = size
+            if exchange.length > 0 and session is not None and \
+                    1 << _power(size + exchange.length) > session.communicator.manager.memory_limit:
+                raise HttpError(413, "a body of %d bytes is over the memory limit" % exchange.length)
+            if exchange.length >= 0:
+                exchange.need = size + exchange.length
+            if exchange.length and session is not None and start + size == end:
+                self._continue(session, exchange)
+        length = exchange.length
+        if length == _CHUNKED:
+            return self._scan_chunks(exchange, buffer, start, end)
+        if length == _TO_END:
+            if end - start - exchange.size > self.max_body:
+                raise HttpError(413, "a body of more than max_body (%d bytes)" % self.max_body)
+            return end if exchange.eof else 0
+        stop = start + exchange.need
+        return stop if stop <= end else 0
+
+    def _continue(self, session: Session, exchange: _Exchange) -> None:
+        """The peer waits for a 100 before it sends the body, and gets it behind the answers it is owed."""
+        if self.client or not exchange.head.expects:
+            return
+        with exchange.lock:
+            if exchange.pending:
+                exchange.due, exchange.calm = True, False
+            else:
+                session._queue((b"HTTP/1.1 100 Continue\r\n\r\n",), None)
+
+    def _check_incomplete(self, part: bytes, skip: int, buffer: Any, start: int, end: int) -> None:
+        """Refuse what can become no header any more, without waiting for its end."""
+        found = self._bare_rule(part, 1 if skip else 0)
+        if found:
+            raise HttpError(400, "%r within a header" % found.group())
+        have = end - start
+        if have > self.max_line:
+            line = bytes(buffer[start:start + self.max_line + 2]).find(b"\r\n")
+            if line < 0:
+                raise HttpError(414, "a first line of more than max_line (%d bytes)" % self.max_line)
+            if have - line - 2 > self.max_header:
+                raise HttpError(431, "header lines of more than max_header (%d bytes)" % self.max_header)
+        if not skip and part:
+            first = part.split(b" ", 1)[0].split(b"\r", 1)[0]
+            if first and not self._token_rule((first if not self.client else first.replace(b"/", b"")).decode("latin-1")):
+                raise HttpError(400, "%r is not how a message begins" % first[:16])
+
+    def _begin_message(self, exchange: _Exchange, data: bytes) -> None:
+        """Parse the head of a message, up to its empty line."""
+        if self.client:
+            self._begin_response(exchange, data)
+            return
+        head = self._known.get(data)
+        if head is None:
+            head = self._parse_request(data)
+            if head.plain and not head.length and len(data) <= HEAD_KEPT_MAX and self.heads_kept:
+                if len(self._known) >= self.heads_kept:
+                    self._known.clear()     # simpler than to forget the oldest; who is there soon is in again
+                self._known[data] = head
+        exchange.head, exchange.length = head, head.length
+
+    def _parse_request(self, data: bytes) -> _Head:
+        line = data.find(b"\r\n")
+        headers = self._ordinary.get(data[line + 2:])
+        if headers is not None and line <= self.max_line:
+            found = self._line_rule(data[:line].decode("latin-1"))
+            if found is not None:
+                method, target = found.groups()
+                if target[0] != "/" or method == "CONNECT":
+                    self._check_target(method, target)
+                head = _Head(method, target, "1.1", headers)
+                head.plain = method != "HEAD"
+                return head
+        text = data[:-2].decode("latin-1")
+        found = self._request_rule(text)
+        if found is None or line > self.max_line or len(text) - line - 2 > self.max_header:
+            raise self._why(text, line)
+        method, target, major, minor, fields = found.groups()
+        if major != "1":
+            raise HttpError(505, "HTTP/%s.%s" % (major, minor))
+        if target[0] != "/" or method == "CONNECT":
+            self._check_target(method, target)
+        if fields.count("\r\n") > self.max_headers:
+            raise HttpError(431, "more than max_headers (%d)" % self.max_headers)
+        head = _Head(method, target, "1.0" if minor == "0" else "1.1", Headers._of(fields))
+        hosts = 0
+        lengths: List[str] = []
+        codings: List[str] = []
+        options: List[str] = []
+        expected = ""
+        for name, value in self._special_rule(text[line:].lower()):
+            value = value.strip(" \t")
+            if name == "host":
+                hosts += 1
+                if not self._host_rule(value):
+                    raise HttpError(400, "the Host %r" % value[:64])
+            elif name == "content-length":
+                lengths.append(value)
+            elif name == "transfer-encoding":
+                codings += value.split(",")
+            elif name == "connection":
+                options += [option.strip(" \t") for option in value.split(",")]
+            else:
+                expected += value
+        if hosts > 1 or not hosts and head.version != "1.0":
+            raise HttpError(400, "%d Host lines" % hosts)
+        head.keep_alive = "close" not in options and (head.version != "1.0" or "keep-alive" in options)
+        if codings or lengths:
+            head.length = self._length_of(head.version, codings, lengths)
+            if head.length > self.max_body:
+                raise HttpError(413, "a body of %d bytes is over max_body (%d)" % (head.length, self.max_body))
+        if expected and head.version != "1.0":
+            if expected != "100-continue":
+                raise HttpError(417, "the expectation %r" % expected[:64])
+            head.expects = True
+        ordinary = head.keep_alive and head.version != "1.0"
+        head.plain = ordinary and method != "HEAD"
+        if ordinary and not (lengths or codings or expected) and len(fields) <= HEAD_KEPT_MAX and self.heads_kept:
+            if len(self._ordinary) >= self.heads_kept:
+                self._ordinary.clear()
+            self._ordinary[data[line + 2:]] = head.headers
+        return head
+
+    def _check_target(self, method: str, target: str) -> None:
+        """The forms of a target that are not a path; RFC 9112 section 3.2."""
+        if method == "CONNECT":
+            right = target[0] != "/" and self._host_rule(target.lower()) is not None
+        elif target == "*":
+            right = method == "OPTIONS"
+        else:
+            right = target[:7].lower() == "http://" or target[:8].lower() == "https://"
+        if not right:
+            raise HttpError(400, "%s of %r" % (method, target[:64]))
+
+    def _why(self, text: str, line: int) -> HttpError:
+        """What is wrong with a head that the rule does not match, or that is too long."""
+        if line > self.max_line:
+            return HttpError(414, "a request line of %d bytes is over max_line (%d)" % (line, self.max_line))
+        if len(text) - line - 2 > self.max_header:
+            return HttpError(431, "header lines of more than max_header (%d bytes)" % self.max_header)
+        if not self._first_line_rule(text[:line]):
+            return HttpError(400, "%r is no request line" % text[:line][:64])
+        for field in text[line + 2:].split("\r\n"):
+            if field and not self._fields_rule(field + "\r\n"):
+                return HttpError(400, "%r is no header line" % field[:64])
+        return HttpError(400, "not a header")
+
+    def _length_of(self, version: str, codings: List[str], lengths: List[str]) -> int:
+        """What Transfer-Encoding and Content-Length say together; RFC 9112 section 6.3, its strict reading."""
+        if codings:
+            names = [coding.strip(" \t") for coding in codings]
+            if version == "1.0":
+                raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
+            if lengths:
+                raise HttpError(400, "Transfer-Encoding and Content-Length")
+            if names == ["chunked"]:
+                return _CHUNKED
+            if "" in names or "chunked" in names[:-1]:
+                raise HttpError(400, "chunked is not last in %r" % ",".join(names)[:64])
+            raise HttpError(501, "the transfer coding %r" % ",".join(names)[:64])
+        numbers = set()
+        for text in lengths:
+            if not self._length_rule(text):
+                raise HttpError(400, "the Content-Length %r" % text[:64])
+            if len(text) > 18:              # int() of very many digits takes quadratic time
+                raise HttpError(413, "a Content-Length of %d digits" % len(text))
+            numbers.add(int(text))
+        if len(numbers) > 1:
+            raise HttpError(400, "different Content-Length lines")
+        return numbers.pop()
+
+    def _begin_response(self, exchange: _Exchange, data: bytes) -> None:
+        text = data[:-2].decode("latin-1")
+        found = self._status_rule(text)
+        line = text.find("\r\n")
+        if found is None or line > self.max_line or len(text) - line - 2 > self.max_header:
+            raise HttpError(400, "%r is no response" % text[:64])
+        minor, status, reason, fields = found.groups()
+        if fields.count("\r\n") > self.max_headers:
+            raise HttpError(400, "more than max_headers (%d)" % self.max_headers)
+        with exchange.lock:
+            request = exchange.pending[0] if exchange.pending else None
+        if request is None:
+            raise HttpError(400, "a response that nobody has asked for")
+        response = Response(int(status), Headers._of(fields))
+        response.reason, response.version = reason or "", "1.0" if minor == "0" else "1.1"
+        response.request = request
+        lengths: List[str] = []
+        codings: List[str] = []
+        options: List[str] = []
+        for name, value in self._special_rule(text[line:].lower()):
+            value = value.strip(" \t")
+            if name == "content-length":
+                lengths.append(value)
+            elif name == "transfer-encoding":
+                codings += value.split(",")
+            elif name == "connection":
+                options += [option.strip(" \t") for option in value.split(",")]
+        if response.status == 101:
+            raise HttpError(400, "101 Switching Protocols, which nobody has asked for")
+        response.keep_alive = "close" not in options and (response.version != "1.0" or "keep-alive" in options)
+        if response.status < 200 or response.status in (204, 304) or request.method == "HEAD":
+            exchange.length = 0
+        elif codings or lengths:
+            exchange.length = self._length_of(response.version, codings, lengths)
+        else:
+            exchange.length = _TO_END
+            response.keep_alive = False
+        if exchange.length > self.max_body:
+            raise HttpError(413, "a body of %d bytes is over max_body (%d)" % (exchange.length, self.max_body))
+        exchange.head = response
+
+    def _scan_chunks(self, exchange: _Exchange, buffer: Any, start: int, end: int) -> int:
+        """Go on where the last call stopped: chunk by chunk, then the trailers. Returns where the message ends, or 0."""
+        rule = self._chunk_rule
+        exchange.need = 0
+        while not exchange.tail:
+            at = start + exchange.scan
+            line = buffer[at:min(end, at + MAX_CHUNK_LINE + 2)]
+            size = line.find(b"\r\n")
+            if size < 0:
+                if len(line) >= MAX_CHUNK_LINE + 2:
+                    raise HttpError(400, "a chunk's size line of more than %d bytes" % MAX_CHUNK_LINE)
+                if self._bare_rule(line) or line and not rule(line[:1]):
+                    raise HttpError(400, "%r is no chunk's size" % line[:32])
+                return 0
+            found = rule(line[:size])
+            if found is None:
+                raise HttpError(400, "%r is no chunk's size" % line[:32])
+            length = int(found.group(1), 16)
+            if exchange.total + length > self.max_body:
+                raise HttpError(413, "a chunked body of more than max_body (%d bytes)" % self.max_body)
+            spare = exchange.spare + size - len(b"%x" % length)
+            if spare > self.max_header + (exchange.total >> 3):
+                raise HttpError(400, "%d bytes of chunk extensions" % spare)
+            if not length:
+                exchange.scan += size + 2
+                exchange.tail = exchange.scan
+                break
+            behind = at + size + 2 + length
+            close = buffer[behind:min(end, behind + 2)] if behind < end else b""
+            if close != b"\r\n"[:len(close)]:
+                raise HttpError(400, "a chunk of %d bytes does not end with CRLF" % length)
+            if len(close) < 2:
+                if length > GROW_MAX:       # the RecvBuf for all of it at once
+                    exchange.need = behind + 2 - start
+                return 0
+            exchange.spare = spare
+            exchange.total += length
+            exchange.scan = behind + 2 - start
+        # The trailers end with an empty line, which may come at once. `scan` is how far they were searched.
+        first = start + exchange.tail
+        if buffer[first:min(end, first + 2)] == b"\r\n":
+            exchange.scan = exchange.tail + 2
+            return first + 2
+        skip = max(exchange.tail, exchange.scan - 3)
+        part = bytes(buffer[start + skip:min(end, first + self.max_header + 4)])
+        at = part.find(b"\r\n\r\n")
+        if at < 0:
+            found_bare = self._bare_rule(part, 1 if skip > exchange.tail else 0)
+            if found_bare:
+                raise HttpError(400, "%r within the trailers" % found_bare.group())
+            if end - first >= self.max_header + 4:
+                raise HttpError(431, "trailers of more than max_header (%d bytes)" % self.max_header)
+            exchange.scan = end - start
+            return 0
+        stop = start + skip + at + 4
+        fields = bytes(buffer[first:stop - 2]).decode("latin-1")
+        if not self._fields_rule(fields):
+            raise HttpError(400, "the trailers %r" % fields[:64])
+        if fields.count("\r\n") > self.max_headers:
+            raise HttpError(431, "more trailers than max_headers (%d)" % self.max_headers)
+        return stop
+
+    def _content(self, exchange: _Exchange, buffer: Any, start: int, stop: int) -> Tuple[bytes, Headers]:
+        """Body and trailers of a whole message."""
+        if exchange.length != _CHUNKED:
+            return bytes(buffer[start + exchange.size:stop]) if exchange.length else b"", _NO_HEADERS
+        data = bytes(buffer[start + exchange.size:start + exchange.tail])
+        parts: List[bytes] = []
+        at = 0
+        while True:
+            line = data.find(b"\r\n", at)
+            length = int(data[at:line].split(b";", 1)[0].strip(b" \t"), 16)
+            if not length:
+                break
+            parts.append(data[line + 2:line + 2 + length])
+            at = line + 4 + length
+        trailers = bytes(buffer[start + exchange.tail:stop - 2]).decode("latin-1")
+        return b"".join(parts), Headers._of(trailers) if trailers else _NO_HEADERS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Buffers and the SessionManager
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -797,6 +2015,7 @@ PAUSED_USER = 1
 PAUSED_UNSENT = 2
 PAUSED_MEMORY = 4
 PAUSED_ENDED = 8
+PAUSED_PIPELINED = 16           # Http: too many requests are not answered yet
 
 
 class Channel:
@@ -1110,6 +2329,31 @@ class StatefulSession(Session):
         """Send *packet* as the framing does. Any thread; never waits. Otherwise like Session.send."""
         return self.stateful.send(self, packet, on_sent)
 
+    def put(self, data: bytes) -> bool:
+        """Queue raw bytes as `write` does, on the session's own thread by the fast path of Session.send."""
+        if get_ident() == self.thread and len(data) <= SEND_INLINE + HEAD_KEPT_MAX + 512:
+            out = self.out
+            if not out:
+                if self.direct:
+                    self.direct = False
+                    worker = self.worker
+                    try:
+                        sent = self.socket.send(data)
+                    except OSError as error:
+                        worker.send_failed(self, data, error)
+                        return self.state is State.OPEN
+                    worker.sends += 1
+                    worker.sent += sent
+                    if sent != len(data):
+                        worker.outstanding(self, data, sent)
+                    return True
+                self.cork(self)
+            out.append(data)
+            if len(out) > CORK_MAX:
+                self.worker.flush_early(self)
+            return True
+        return self._queue((data,), None)
+
 
 def _unix_family() -> int:
     """AF_UNIX. Raises OSError on Windows, whose Python has no unix sockets."""
@@ -1154,7 +2398,8 @@ def _end_telling(session: Session, reason: Reason, error: BaseException) -> None
     """Close for what the peer did, and have its framing tell it why, if it is one that does."""
     if isinstance(session, StatefulSession) and session.is_open():
         try:
-            session.stateful.refuse(session, error)
+            if session.stateful.refuse(session, error):
+                return
         except BaseException as problem:
             _Core.on_failed(session.stateful.refuse, problem)
     session.end(True, reason, error)
@@ -1293,7 +2538,12 @@ class _Core:
         """The peer sends no more."""
         session.eof = True
         if isinstance(session, StatefulSession):
-            _guarded(session, session.stateful.ended)
+            try:
+                if session.stateful.ended(session):
+                    session._pause_for(PAUSED_ENDED)
+                    return
+            except BaseException as problem:
+                _failed(session, problem)
         if session.filled:
             error = FramingError("the connection ended inside of a packet, after %d bytes of it" % session.filled)
             session.end(True, Reason.ERROR, error)
@@ -2301,13 +3551,14 @@ _SETTINGS = (
 ) + (
     _Setting("IOCP", "COUNT", _number(0, 1000), "1", "how many queues there are ([QUEUE] is the same as [IOCP])"),
     _Setting("IOCP_n", "THR_COUNT", _number(1, 1024), "", "threads of queue n; without it 1 under a GIL, else one per CPU"),
-    _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "function"), "",
+    _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "http", "function"), "",
              "how packets are framed; without it text if SIZE_END_CHAR is there, else number"),
     _Setting("HEADER_n", "SIZE_BYTES", _number(1, 1 << 20), "4", "number: bytes of the length, 1 to 8; fixed: of a packet"),
     _Setting("HEADER_n", "BYTE_ORDER", _choice("big", "little"), "big", "number: byte order of the length"),
     _Setting("HEADER_n", "SIZE_END_CHAR", _character, ",", "text: the character after the digits"),
     _Setting("HEADER_n", "DELIMITER", _bytes_of, r"\r\n", "delimiter: what ends a packet"),
-    _Setting("HEADER_n", "MAX_PACKET", _size, "2m", "longest packet with its header; a longer one closes the session"),
+    _Setting("HEADER_n", "MAX_PACKET", _size, "2m",
+             "longest packet with its header, http: longest body; a longer one closes the session"),
     _Setting("HEADER_n", "FUNCTION", _reference, "", "function: your parse(view) -> int"),
     _Setting("COMUNICATOR", "COUNT", _number(0, 1000), "1", "how many Communicators there are (COMMUNICATOR: the same)"),
     _Setting("COMUNICATOR_n", "IOCP_IDX", _number(0, 1000), "", "number of its queue; without it a queue of its own"),
@@ -2440,6 +3691,8 @@ def _framing_of(ini: _Ini, header: str) -> Framing:
             return FixedSize(get("SIZE_BYTES"))
         if kind == "raw":
             return Raw()
+        if kind == "http":
+            return Http(max_body=limit)
         if get("FUNCTION") is None:
             raise ini.wrong(section, number, "FUNCTION", "TYPE=function needs it", "module:function")
         return Function(get("FUNCTION"), max_packet=limit)
