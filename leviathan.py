@@ -769,24 +769,27 @@ def _resp_argument(value: Any) -> bytes:
     raise TypeError("a command's words are str, bytes, int or float, not %s" % type(value).__name__)
 
 
-def _resp_command(command: Any) -> bytes:
-    """The bytes of a command. Raises TypeError and ValueError."""
-    if not isinstance(command, (list, tuple)):
-        raise TypeError("a command is a list of words, like ['GET', 'key'], not %s" % type(command).__name__)
-    if not command:
-        raise ValueError("a command has one word or more")
+def _resp_commands(commands: Sequence[Any]) -> bytes:
+    """The bytes of commands. Raises TypeError and ValueError."""
+    # One % for all of them: 0.5 us for a command in a pipeline of 100, instead of 1.1 with one % for each and a join.
+    forms: List[bytes] = []
     words: List[Any] = []
     add = words.append
-    for word in command:
-        if type(word) is str:
-            word = word.encode()
-        elif type(word) is not bytes:
-            word = _resp_argument(word)
-        add(len(word))
-        add(word)
-    count = len(command)
-    # One % for the whole of it takes half the time of one for each word and a join.
-    return (_TEMPLATES[count] if count < len(_TEMPLATES) else _resp_template(count)) % tuple(words)
+    for command in commands:
+        if not isinstance(command, (list, tuple)):
+            raise TypeError("a command is a list of words, like ['GET', 'key'], not %s" % type(command).__name__)
+        count = len(command)
+        if not count:
+            raise ValueError("a command has one word or more")
+        forms.append(_TEMPLATES[count] if count < len(_TEMPLATES) else _resp_template(count))
+        for word in command:
+            if type(word) is str:
+                word = word.encode()
+            elif type(word) is not bytes:
+                word = _resp_argument(word)
+            add(len(word))
+            add(word)
+    return b"".join(forms) % tuple(words)
 
 
 def _resp_template(count: int) -> bytes:
@@ -892,7 +895,7 @@ class Resp(StatefulFraming):
     def encode(self, packet: Any, version: int = 2) -> bytes:
         """The bytes of a server's reply, or of a client's command or Pipeline. Raises TypeError and ValueError."""
         if self.client:
-            return b"".join(map(_resp_command, packet)) if isinstance(packet, Pipeline) else _resp_command(packet)
+            return _resp_commands(packet if isinstance(packet, Pipeline) else (packet,))
         out: List[bytes] = []
         _resp_value(packet, version, out)
         return b"".join(out)
@@ -922,12 +925,12 @@ class Resp(StatefulFraming):
         if not self.client:
             raise TypeError("a server does not call; this Resp has role='server'")
         if isinstance(command, Pipeline):
-            data = b"".join(map(_resp_command, command))
+            data = _resp_commands(command)
             entry: Any = _Batch(callback, len(command))
-            if not command or any(_subscription(one) for one in command):
+            if not command or any(map(_subscription, command)):
                 raise ValueError("a Pipeline has one command or more, and none that changes subscriptions")
         else:
-            data = _resp_command(command)
+            data = _resp_commands((command,))
             name = _subscription(command)
             entry = _Subscribing(callback, name, len(command) - 1) if name else callback
         state = session.protocol or self._state(session)
@@ -1455,8 +1458,8 @@ def _is_double(digits: bytes) -> bool:
 def _subscription(command: Sequence[Any]) -> bytes:
     """The name in small letters of a command that changes subscriptions, else b""."""
     name = command[0]
-    if not isinstance(name, (str, bytes)) or not 9 <= len(name) <= 12:
-        return b""
+    if (type(name) is str or type(name) is bytes) and len(name) < 9:
+        return b""                          # nearly all of them, and a third of the time
     data = _resp_argument(name).lower()
     return data if data in _CONFIRMS else b""
 
