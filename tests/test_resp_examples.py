@@ -3,7 +3,7 @@ import pytest
 
 from conftest import eventually, read_exactly
 from real_redis import needed, package, real, run  # noqa: F401
-from test_examples import example, line_of, lines_of
+from test_examples import ROOT, Program, example, line_of, lines_of, python_blocks
 
 
 @pytest.fixture
@@ -145,3 +145,11 @@ def test_cluster_chat_outlives_redis(tmp_path, real):  # noqa: F811
         for node in (one, two):
             status, _, err = node.end()
             assert status == 0 and "Traceback" not in err, err
+
+
+def test_the_resp_guide_is_code_that_works(tmp_path):
+    program = tmp_path / "guide.py"
+    program.write_text("import sys\nsys.path.insert(0, %r)\n" % ROOT + "\n".join(python_blocks("docs/resp.md"))
+                       + "\nprint('done')\n")
+    with Program(program, cwd=tmp_path, ready=False) as guide:
+        assert guide.result() == (0, "done\n", "")
