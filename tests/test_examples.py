@@ -77,7 +77,7 @@ def lines_of(client, count):
 
 def test_every_example_is_tested_and_says_what_it_shows():
     tests = ""
-    for path in glob.glob(os.path.join(os.path.dirname(__file__), "test_*examples*.py")):
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "test_*examples*.py"))):
         with open(path, encoding="utf-8") as file:
             tests += file.read()
     names = [name for name in os.listdir(EXAMPLES) if name.endswith(".py")]

@@ -1,0 +1,75 @@
+"""A chat on several machines: each runs this server, and a real Redis' publish/subscribe joins them to one room.
+
+    python examples/cluster_chat.py --port 7878 --redis 127.0.0.1:6379        on each machine, then:  nc MACHINE 7878
+
+Redis may be stopped and started again: clients stay, and messages flow again.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import leviathan  # noqa: E402
+
+CHANNEL = "leviathan:chat"
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--port", type=int, default=7878, help="0: the system chooses")
+    options.add_argument("--redis", default="127.0.0.1:6379", help="host:port")
+    args = options.parse_args()
+    redis_host, _, redis_port = args.redis.rpartition(":")
+    queue = leviathan.EventQueue(1)                     # one thread serves the clients and the link
+
+    # -- the link to Redis. In RESP3 one connection can subscribe and publish.
+
+    def on_push(session, push):
+        if push.kind == b"message":
+            chat.broadcast(push[2])                     # from any machine, this one too
+
+    def on_subscribed(session, reply):
+        if isinstance(reply, leviathan.Push):
+            print("joined at %s:%d" % session.peer, flush=True)
+            chat.broadcast(b"* the room is whole")
+
+    def on_link(session):
+        redis.call(session, ["HELLO", 3])
+        redis.call(session, ["SUBSCRIBE", CHANNEL], on_subscribed)
+
+    def on_link_lost(session, reason, error):
+        print("lost %s:%d" % session.peer, flush=True)
+        chat.broadcast(b"* the other machines cannot hear us")
+
+    def say(line):
+        session = link.session
+        if session is None or not redis.call(session, ["PUBLISH", CHANNEL, line]):
+            chat.broadcast(line)                        # at least those who are here
+
+    # -- the clients
+
+    def on_line(session, line):
+        line = line.strip()
+        if line and session.tag is None:
+            session.tag = line[:20]
+            say(b"* %b is here" % session.tag)
+        elif line:
+            say(b"<%b> %b" % (session.tag, line))
+
+    def on_disconnect(session, reason, error):
+        if session.tag is not None:
+            say(b"* %b left" % session.tag)
+
+    redis = leviathan.Resp("client", on_push=on_push)
+    links = leviathan.Communicator(redis, lambda session, reply: None, on_connect=on_link, on_disconnect=on_link_lost,
+                                   queue=queue, max_clients=0)
+    chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_disconnect=on_disconnect,
+                                  on_connect=lambda session: session.send(b"your name?"), queue=queue)
+    link = links.connect(redis_host, int(redis_port), reconnect=(0.1, 2.0))
+    listener = chat.listen(args.port, args.host)
+    leviathan.run(chat, links, on_ready=lambda: print("cluster_chat listens on %s:%d" % listener.address, flush=True))
+
+
+if __name__ == "__main__":
+    main()

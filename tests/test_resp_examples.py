@@ -1,0 +1,155 @@
+"""The examples that speak RESP, against Redis' own programs and the redis package."""
+import pytest
+
+from conftest import eventually, read_exactly
+from real_redis import needed, package, real, run  # noqa: F401
+from test_examples import ROOT, Program, example, line_of, lines_of, python_blocks
+
+
+@pytest.fixture
+def server(tmp_path):
+    with example(tmp_path, "redis_server.py", "--port", 0) as program:
+        yield program
+        status, out, err = program.end()
+        assert (status, out) == (0, "") and not err, err
+
+
+def ask(client, command, reply):
+    client.sendall(command)
+    assert read_exactly(client, len(reply)) == reply
+
+
+def test_redis_server_by_hand(server):
+    with server.client() as client, server.client() as other:
+        ask(client, b"PING\r\n", b"+PONG\r\n")
+        ask(client, b"set k v EX 100 NX\r\nset k w NX\r\nget k\r\nttl k\r\n", b"+OK\r\n$-1\r\n$1\r\nv\r\n:100\r\n")
+        ask(client, b"set k w XX GET\r\nincr k\r\n", b"$1\r\nv\r\n-ERR value is not an integer or out of range\r\n")
+        ask(client, b"set n 41 PX 50000\r\nincr n\r\ndecrby n 2\r\nttl n\r\n", b"+OK\r\n:42\r\n:40\r\n:50\r\n")
+        ask(client, b"set gone x PX 1\r\n", b"+OK\r\n")
+        eventually(lambda: client.sendall(b"exists gone gone\r\n") or line_of(client) == b":0")
+        ask(client, b"rpush l a b c\r\nlpush l z y\r\nlrange l 0 -1\r\n",
+            b":3\r\n:5\r\n*5\r\n$1\r\ny\r\n$1\r\nz\r\n$1\r\na\r\n$1\r\nb\r\n$1\r\nc\r\n")
+        ask(client, b"get l\r\n", b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n")
+        ask(client, b"multi\r\nset a 1\r\nincr a\r\nexec\r\n", b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n+OK\r\n:2\r\n")
+        ask(client, b"multi\r\nnothing\r\nexec\r\n", b"+OK\r\n-ERR unknown command 'nothing'\r\n"
+            b"-EXECABORT Transaction discarded because of previous errors.\r\n")
+        ask(client, b"hset h f 1\r\nhgetall h\r\n", b":1\r\n*2\r\n$1\r\nf\r\n$1\r\n1\r\n")
+        client.sendall(b"hello 3\r\n")
+        while line_of(client) != b"modules":
+            pass
+        assert line_of(client) == b"*0"
+        ask(client, b"hgetall h\r\nget none\r\n", b"%1\r\n$1\r\nf\r\n$1\r\n1\r\n_\r\n")
+        ask(client, b"subscribe c\r\n", b">3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n")
+        ask(other, b"publish c hi\r\n", b":1\r\n")
+        ask(client, b"", b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n")
+        ask(client, b"get none\r\n", b"_\r\n")                  # RESP3 may
+        ask(other, b"subscribe c\r\nget k\r\n", b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n"
+            b"-ERR Can't execute 'get': only")
+        client.sendall(b"quit\r\n")
+        assert read_exactly(client, 5) == b"+OK\r\n" and client.recv(1) == b""
+
+
+def test_redis_server_with_redis_cli(server):
+    cli = needed("redis-cli"), "-p", server.address[1]
+    assert run(*cli, "set", "a key", "a\nvalue").strip() == "OK"
+    assert run(*cli, "get", "a key").strip() == "a\nvalue"
+    assert run(*cli, "-3", "hset", "h", "f", "1").strip() == "1"
+    assert run(*cli, "-3", "--no-raw", "hgetall", "h").strip() == '1# "f" => "1"'
+    assert "redis_version" in run(*cli, "info")
+    assert run(*cli, "--no-raw", "config", "get", "save").split() == ["1)", '"save"', "2)", '""']
+    assert "ERR unknown command 'nothing'" in run(*cli, "nothing")
+
+
+def test_redis_server_with_redis_benchmark(server):
+    out = run(needed("redis-benchmark"), "-p", server.address[1], "-c", 50, "-n", 2000, "-q", "-t",
+              "ping,set,get,incr,lpush,rpush,lpop,rpop,hset,lrange_100,mset")
+    assert out.count("requests per second") >= 11 and "rror" not in out, out
+    out = run(needed("redis-benchmark"), "-p", server.address[1], "-c", 50, "-n", 5000, "-P", 16, "-q", "-r", 1000, "-t",
+              "ping,set,get")
+    assert out.count("requests per second") == 4 and "rror" not in out, out
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_redis_server_with_the_redis_package(server, protocol):
+    redis = package("redis")
+    client = redis.Redis(port=server.address[1], protocol=protocol)
+    with client:
+        assert client.ping() and client.set("k", b"\r\n\0", ex=100) and client.get("k") == b"\r\n\0"
+        assert client.set("k", "no", nx=True) is None and client.ttl("k") == 100
+        assert client.incr("n", 5) == 5 and client.exists("k", "n", "none") == 2
+        assert sorted(client.keys("*")) == [b"k", b"n"] and client.delete("k", "n") == 2
+        assert client.rpush("l", 1, 2, 3) == 3 and client.lrange("l", 0, -1) == [b"1", b"2", b"3"]
+        assert client.lpop("l") == b"1" and client.rpop("l", 5) == [b"3", b"2"] and client.llen("l") == 0
+        assert client.hset("h", mapping={"a": 1, "b": "x"}) == 2 and client.hgetall("h") == {b"a": b"1", b"b": b"x"}
+        with client.pipeline(transaction=True) as pipeline:
+            assert pipeline.set("t", 1).incr("t").execute() == [True, 2]
+        with pytest.raises(redis.ResponseError):
+            client.incr("h")
+        with client.pubsub() as listener:
+            listener.subscribe("news")
+            listener.psubscribe("n*")
+            assert [listener.get_message(timeout=5)["type"] for _ in range(2)] == ["subscribe", "psubscribe"]
+            assert client.publish("news", "hello") == 2
+            found = [listener.get_message(timeout=5) for _ in range(2)]
+            assert sorted((one["type"], one["data"]) for one in found) == [("message", b"hello"), ("pmessage", b"hello")]
+            listener.unsubscribe()
+            assert listener.get_message(timeout=5)["type"] == "unsubscribe"
+        assert client.config_get("save") == {"save": ""} and client.info()["redis_version"] == "7.0.0"
+
+
+def test_redis_client_survives_a_restart(tmp_path, real):  # noqa: F811
+    with example(tmp_path, "redis_client.py", "--port", real.address[1], "--every", 0.05) as program:
+        out = program.process.stdout
+        assert program.line == "connected to 127.0.0.1:%d\n" % real.address[1]
+        assert [out.readline() for _ in range(2)] == ["visit 1, OK now, WRONGTYPE\n", "visit 2, OK now, WRONGTYPE\n"]
+        real.stop()
+        while out.readline() != "disconnected from 127.0.0.1:%d\n" % real.address[1]:
+            pass
+        real.start()
+        assert out.readline() == program.line
+        assert out.readline() == "visit 1, OK now, WRONGTYPE\n"             # nothing was saved
+        status, _, err = program.end()
+        assert status == 0 and "Traceback" not in err
+    with example(tmp_path, "redis_client.py", "--port", real.address[1], "--count", 1, ready=False) as program:
+        status, out, err = program.result()
+        assert (status, err) == (0, "") and out.splitlines()[-1].startswith("disconnected")
+
+
+def chat(tmp_path, real):  # noqa: F811
+    return example(tmp_path, "cluster_chat.py", "--port", 0, "--redis", "127.0.0.1:%d" % real.address[1])
+
+
+def test_cluster_chat_outlives_redis(tmp_path, real):  # noqa: F811
+    joined = "joined at 127.0.0.1:%d\n" % real.address[1]
+    with chat(tmp_path, real) as one, chat(tmp_path, real) as two:
+        for node in (one, two):
+            assert node.process.stdout.readline() == joined
+        with one.client() as ann, two.client() as bob:
+            assert lines_of(ann, 1) == lines_of(bob, 1) == [b"your name?"]
+            ann.sendall(b"ann\nhello\n")
+            for client in (ann, bob):
+                assert lines_of(client, 2) == [b"* ann is here", b"<ann> hello"]
+            real.stop()
+            for client in (ann, bob):
+                assert lines_of(client, 1) == [b"* the other machines cannot hear us"]
+            ann.sendall(b"anybody?\n")
+            assert lines_of(ann, 1) == [b"<ann> anybody?"]
+            real.start()
+            for node, client in ((one, ann), (two, bob)):
+                while node.process.stdout.readline() != joined:
+                    pass
+                assert lines_of(client, 1) == [b"* the room is whole"]
+            bob.sendall(b"bob\nback\n")
+            for client in (ann, bob):
+                assert lines_of(client, 2) == [b"* bob is here", b"<bob> back"]
+        for node in (one, two):
+            status, _, err = node.end()
+            assert status == 0 and "Traceback" not in err, err
+
+
+def test_the_resp_guide_is_code_that_works(tmp_path):
+    program = tmp_path / "guide.py"
+    program.write_text("import sys\nsys.path.insert(0, %r)\n" % ROOT + "\n".join(python_blocks("docs/resp.md"))
+                       + "\nprint('done')\n")
+    with Program(program, cwd=tmp_path, ready=False) as guide:
+        assert guide.result() == (0, "done\n", "")
