@@ -16,7 +16,7 @@ from collections import defaultdict
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import leviathan        # noqa: E402
-from conftest import read_exactly       # noqa: E402
+from conftest import WINE, read_exactly     # noqa: E402
 
 DEADLINE = float(os.environ.get("CONTRACT_DEADLINE", "5"))      # seconds that anything here may take
 VERBS = ("listen", "accept", "connect", "attach", "receive", "pause", "send", "close", "shutdown", "unlisten",
@@ -450,7 +450,10 @@ class EngineContract:
                     pass                # reset, or closed here
             client.close()
             self.record.wait_for("on_closed", target=session)
-            assert self.record.of("disconnect", session)[0][3][0] is leviathan.Reason[reason], ending
+            told = self.record.of("disconnect", session)[0][3][0]
+            # Wine's server asks for a socket's error when it sees a hang-up, and the receive that is armed behind that
+            # gets an end instead of it.
+            assert told is leviathan.Reason[reason] or WINE and reason == "ERROR" and told is leviathan.Reason.NORMAL, ending
             assert self.manager.statistics()["leased"] == self.manager.statistics()["operations"] == 0
 
     def test_a_raising_handler_costs_its_session_only(self):
