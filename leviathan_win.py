@@ -477,14 +477,21 @@ class Engine:
         if self.stopped:                    # looked at again below, with the lock; the port may be closed already
             raise OSError(errno.ESHUTDOWN, "the queue has stopped")
         sock = socket.socket(family, socket.SOCK_STREAM)
+        call = "setsockopt"
         try:
             # SO_REUSEADDR would let another process take the port over (RULES: IOCP 11).
             sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            call = "bind"
             sock.bind(address)
+            call = "listen"
             # Above 200 Windows takes the word SOMAXCONN only, for "as many as is reasonable" (listen, winsock2.h).
             sock.listen(backlog if backlog <= 200 else socket.SOMAXCONN)
+        except OSError as error:
+            sock.close()
+            raise failure(call, getattr(error, "winerror", None) or error.errno or 0) from None
+        try:
             self.port.join(sock)
         except OSError:
             sock.close()
