@@ -702,12 +702,12 @@ class TestRules(House):
         _, session, client = self.pair()
         size = 300000
         client.sendall(self.packed(b"x" * size)[:10])
-        self.record.wait(lambda: self.api.sizes("WSARecv")[-1] == size + 4 - 10, "a receive of just the rest")
+        self.record.wait(lambda: self.api.sizes("WSARecv")[-1:] == [size + 4 - 10], "a receive of just the rest")
         classes = self.manager.statistics()["classes"]
         assert {name: each["leased"] for name, each in classes.items() if each["leased"]} == {1 << 19: 1}
         client.sendall(self.packed(b"x" * size)[10:])
         self.record.wait_for("packet")
-        self.record.wait(lambda: self.api.sizes("WSARecv")[-1] == leviathan.RECV_BUFFER)
+        self.record.wait(lambda: self.api.sizes("WSARecv")[-1:] == [leviathan.RECV_BUFFER])
         self.record.wait(lambda: self.statistics("leased", "memory") == [1, leviathan.RECV_BUFFER])
         client.close()
         self.ended(session)
