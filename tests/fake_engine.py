@@ -47,7 +47,7 @@ class Plan:
             return self.random.randint(1, min(size, self.short))
 
     def choose(self, events):
-        """Which of *events* are reported now, and in which order; level-triggered, the others are reported again."""
+        """Which of *events* are reported now, and in which order."""
         if not self.late:
             return events
         with self.lock:
@@ -103,18 +103,36 @@ class FaultySocketModule:
 
 
 class LatePoll:
-    """A poller that keeps some events back, and whose register can fail."""
+    """A poller that keeps some events back, and whose register can fail.
+
+    What is kept back is kept here and comes with a later poll, since an edge is reported once; a change of what is
+    watched makes the system look again.
+    """
 
     def __init__(self, poller, plan):
         self._poller, self._plan = poller, plan
-        self.modify, self.unregister, self.close = poller.modify, poller.unregister, poller.close
+        self._kept = {}                     # {descriptor: mask}
+        self.close = poller.close
 
     def register(self, *args):
         self._plan.strike("register")
         return self._poller.register(*args)
 
-    def poll(self, *args):
-        return self._plan.choose(self._poller.poll(*args))
+    def modify(self, fd, mask):
+        self._kept.pop(fd, None)
+        return self._poller.modify(fd, mask)
+
+    def unregister(self, fd):
+        self._kept.pop(fd, None)
+        return self._poller.unregister(fd)
+
+    def poll(self, timeout, *args):
+        for fd, mask in self._poller.poll(0 if self._kept else timeout, *args):
+            self._kept[fd] = self._kept.get(fd, 0) | mask
+        now = self._plan.choose(list(self._kept.items()))
+        for fd, _ in now:
+            del self._kept[fd]
+        return now
 
 
 @contextlib.contextmanager

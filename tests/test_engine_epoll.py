@@ -100,6 +100,85 @@ class TestEpoll(EngineContract):
         self.serve(queue=queue)
         assert self.turns(queue) < 3 * TURNS
 
+    # -- edges: what must not be waited for in vain ------------------------------------------------------------------
+
+    def test_a_session_with_nothing_unsent_is_watched_for_edges(self):
+        """And pays no second look of the kernel for each message; see the head of leviathan_linux."""
+        _, session, _ = self.pair()
+        interest = self.on_thread(session, lambda: session.interest)
+        assert interest == select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+
+    def test_what_a_full_read_has_left_is_read_though_nothing_more_comes(self):
+        """Many small packets, more than one read takes: the rest is no edge of its own."""
+        self.settings_before["SCRATCH"], leviathan_linux.SCRATCH = leviathan_linux.SCRATCH, 1024
+        _, session, client = self.pair()
+        go = self.hold(session)
+        client.sendall(self.packed(*[b"x" * 28] * 400))     # whole packets in each full read: nothing is partial
+        go.set()
+        self.record.wait_for("packet", 400)
+
+    @pytest.mark.parametrize("size", [3000, 300000])
+    def test_what_a_full_recvbuf_has_left_is_read_though_nothing_more_comes(self, size):
+        _, session, client = self.pair()
+        client.sendall(self.packed(b"x" * size)[:10])       # from here on it is received into a RecvBuf of its own
+        self.record.wait(lambda: self.on_thread(session, lambda: session.partial is not None))
+        go = self.hold(session)
+        client.sendall(self.packed(b"x" * size)[10:] + self.packed(b"behind it"))
+        go.set()
+        self.record.wait_for("packet", 2)
+
+    def test_an_end_that_comes_with_the_last_bytes_is_seen(self):
+        _, session, client = self.pair(on_eof=lambda session: None)
+        go = self.hold(session)
+        client.sendall(self.packed(b"last words"))
+        client.shutdown(socket.SHUT_WR)
+        go.set()
+        self.record.wait_for("packet")
+        self.record.wait_for("on_eof")
+        assert self.turns(session.communicator.queue) < TURNS
+        session.close()
+
+    def test_what_stands_behind_an_urgent_mark_is_read(self):
+        """A read stops at TCP's urgent mark, short, though there is more."""
+        _, session, client = self.pair(framing=leviathan.Raw())
+        go = self.hold(session)
+        client.sendall(b"before")
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"behind")
+        go.set()
+        self.record.wait(lambda: b"".join(self.record.packets(session)) == b"beforebehind")
+        client.send(b"!", socket.MSG_OOB)                   # the mark alone, with nothing to be read
+        assert self.turns(session.communicator.queue) < TURNS
+        client.sendall(b"more")
+        self.record.wait(lambda: b"".join(self.record.packets(session)) == b"beforebehindmore")
+
+    def test_what_came_while_paused_is_read_though_nothing_more_comes(self):
+        _, session, client = self.pair()
+        session.pause()
+        self.on_thread(session, int)
+        client.sendall(self.packed(b"meanwhile"))
+        assert self.turns(session.communicator.queue) < TURNS
+        session.resume()
+        self.record.wait_for("packet")
+
+    def test_a_turn_that_fails_does_not_lose_the_events_behind_it(self):
+        """What no handler's error is, but a fault inside of the loop, is reported, and every session looked at again."""
+        communicator, listener = self.serve()
+        clients = [self.client(listener) for _ in range(5)]
+        self.record.wait_for("connect", 5)
+        first, = (session for session in communicator.sessions if session.peer == clients[0].getsockname())
+
+        def fail(session, buffer, end):
+            raise RuntimeError("a fault inside of the loop")
+
+        first.received = fail
+        go = self.hold(first)
+        for client in clients:
+            client.sendall(self.packed(b"x"))
+        go.set()
+        self.record.wait_for("packet", 4)
+        assert self.record.count("on_failed") == 1
+
     # -- EPOLLOUT -----------------------------------------------------------------------------------------------------
 
     def test_interest_in_writing_stands_only_while_something_is_unsent(self):
@@ -108,20 +187,21 @@ class TestEpoll(EngineContract):
         def interest():
             return self.on_thread(session, lambda: session.interest)
 
-        assert interest() == select.EPOLLIN
+        armed = select.EPOLLIN | leviathan_linux.EDGE
+        assert interest() == armed
         session.send(b"small")
-        assert interest() == select.EPOLLIN
+        assert interest() == armed
         session.write(b"x" * 8000000, lambda session, ok: self.record.add("sent", session, ok))
         assert interest() == select.EPOLLIN | select.EPOLLOUT
         self.read(client, 9 + 8000000)
         self.record.wait_for("sent")
-        assert interest() == select.EPOLLIN
+        assert interest() == armed
         session.pause()
         assert interest() == 0
         assert self.on_thread(session, lambda: session.socket.fileno() in session.worker.streams) is False
         session.resume()
         self.on_thread(session, int)
-        assert interest() == select.EPOLLIN
+        assert interest() == armed
 
     # -- accept -------------------------------------------------------------------------------------------------------
 

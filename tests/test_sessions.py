@@ -128,6 +128,83 @@ def test_send_takes_any_kind_of_bytes(serve):
         assert [read_frame(client) for _ in range(6)] == [b"x" * size] * 6
 
 
+@pytest.mark.parametrize("sizes", [
+    [5], [5, 5], [5, 5, 5], [5, 5, 6], [5, 6, 6, 6], [6, 5, 6, 5], [0, 0, 0], [0, 1, 0, 0], [5, 5, 0, 0], [300, 300, 300],
+    [5000, 5000, 5000], [5000, 5, 5], [5, 5, 5000, 5000], [20000, 20000, 5], [5, 5, 20000, 5, 5], [5] * 200,
+    [5] * 63 + [6, 5, 5], [5] * 64 + [6, 6], [5] * 65 + [6] * 65 + [70000]])
+@pytest.mark.parametrize("packets", [1, 3])
+def test_replies_of_like_and_unlike_sizes_arrive_in_order(serve, sizes, packets):
+    """Replies of one size are joined by their header, others are not; in any mixture each has its own."""
+    replies = [bytes([65 + number % 26]) * size for number, size in enumerate(sizes)]
+
+    def on_packet(session, packet):
+        for reply in replies:
+            assert session.send(reply) is True
+
+    client = serve(on_packet=on_packet).client()
+    for _ in range(2):
+        client.sendall(frame(b"go") * packets)
+        for _ in range(packets):
+            assert [read_frame(client) for _ in replies] == replies
+
+
+@pytest.mark.skipif(WINDOWS, reason="there all of a handler's packets are counted, and bounded by their bytes")
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 6)])
+def test_the_first_of_many_replies_leave_before_the_handler_returns(serve, sizes):
+    """What one handler queues is bounded by CORK_MAX packets."""
+    go = threading.Event()
+
+    def on_packet(session, packet):
+        for number in range(leviathan.CORK_MAX + 4):
+            session.send(b"x" * sizes[number % 2])
+        assert go.wait(DEADLINE)
+
+    client = serve(on_packet=on_packet).client()
+    client.sendall(frame(b"go"))
+    try:
+        for number in range(leviathan.CORK_MAX):
+            assert len(read_frame(client)) == sizes[number % 2]
+    finally:
+        go.set()
+
+
+@pytest.mark.parametrize("between", ["write", "on_sent", "thread", "bytearray", "another size"])
+def test_what_comes_between_replies_of_one_size_keeps_its_place(serve, between):
+    """Raw bytes, a send with a callback, one from another thread, one of a mutable buffer: each between like replies."""
+    log = Log()
+
+    def on_packet(session, packet):
+        assert session.send(b"first") and session.send(b"again")
+        if between == "write":
+            session.write(frame(b"other"))
+        elif between == "on_sent":
+            session.send(b"other", lambda session, ok: log.add(ok))
+        elif between == "thread":
+            thread = threading.Thread(target=session.send, args=(b"other",))
+            thread.start()
+            thread.join()
+        elif between == "bytearray":
+            buffer = bytearray(b"other")
+            session.send(buffer)
+            buffer[:] = b"WRONG"
+        else:
+            session.send(b"a reply of another size")
+        assert session.send(b"third") and session.send(b"fifth")
+
+    client = serve(on_packet=on_packet).client()
+    other = b"a reply of another size" if between == "another size" else b"other"
+    for _ in range(3):
+        client.sendall(frame(b"go") * 2)
+        for _ in range(2):
+            replies = [read_frame(client) for _ in range(5)]
+            assert sorted(replies) == sorted([b"first", b"again", other, b"third", b"fifth"])
+            assert [reply for reply in replies if reply != other] == [b"first", b"again", b"third", b"fifth"]
+            assert between == "thread" or replies[2] == other
+    if between == "on_sent":
+        log.wait(6)
+        assert log.items == [True] * 6
+
+
 # -- callbacks --------------------------------------------------------------------------------------------------------
 
 def test_on_connect_is_first_and_on_disconnect_last_and_once(serve):

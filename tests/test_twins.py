@@ -21,7 +21,7 @@ ONLY_EPOLL = {
         "_end": "an epoll and a wakeup descriptor for each thread", "_dispatch": "descriptors, not operations, are found",
         "_disarm_listener": "an accept that is outstanding needs no watching",
         "_rearm": "what is watched is told to the epoll; on a port `_settle` arms the next operation",
-        "_watch": "as _rearm", "session_ready": "readiness: the call is still to be made",
+        "_watch": "as _rearm", "_look_again": "as _rearm", "session_ready": "readiness: the call is still to be made",
         "enqueue_foreign": "a foreign thread's bytes go by the owner's mail; on a port all take the session's lock",
         "_enqueue_posted": "as enqueue_foreign", "_append": "as enqueue_foreign", "_check_limits": "as enqueue_foreign",
         "restore": "the fast path of Session.send needs an owner for life", "flush_early": "as restore",
