@@ -975,7 +975,9 @@ class Http(StatefulFraming):
         if exchange.done:
             return bool(exchange.pending)
         status, reason = getattr(error, "status", 400), Reason.PROTOCOL
-        if isinstance(error, TimeoutError):
+        if isinstance(error, PoolExhausted):            # of a chunked body, whose length nobody told
+            status, reason = 413, Reason.ERROR
+        elif isinstance(error, TimeoutError):
             status, reason = 408, Reason.TIMEOUT
             if exchange.due or not session.filled:      # it waits for us; or it is only idle, which needs no answer
                 session.last = time.monotonic()         # while we owe it something it is not idle
@@ -2203,8 +2205,8 @@ class Resp(StatefulFraming):
 
     def refuse(self, session: Any, error: BaseException) -> None:
         """A server says what was wrong, in Redis' words; who is only idle is closed without a word, as Redis does it."""
-        if not self.client and (isinstance(error, FramingError) or session.filled):
-            text = str(error) if isinstance(error, FramingError) else "timeout"
+        if not self.client and (not isinstance(error, TimeoutError) or session.filled):
+            text = "timeout" if isinstance(error, TimeoutError) else str(error)
             session.write(b"-ERR Protocol error: %b\r\n" % _resp_line(text))
 
     def closed(self, session: Any) -> None:
@@ -3347,6 +3349,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
             least = min(GROW_MAX, 2 * partial.size)
         if not need:
             least = max(least, min(2 * have, session.communicator.framing.max_packet))
+            least = min(least, 1 << manager.memory_limit.bit_length() - 1)      # the largest buffer there can be
         size = max(need, have + 1, least)
         if partial is not None and partial.pooled and partial.size >= size:
             if start:
@@ -3355,7 +3358,11 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         else:
             larger = manager.lease(size)
     except BaseException as error:
-        _failed(session, error)
+        if isinstance(error, PoolExhausted):
+            _log().warning("%s: %s; closing it", _address_text(session.peer), error)
+            _end_telling(session, Reason.ERROR, error)
+        else:
+            _failed(session, error)
         _give_back_partial(session)
         return
     waits = larger is None

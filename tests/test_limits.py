@@ -374,6 +374,16 @@ def test_a_session_that_waits_for_memory_can_end(serve, harness):
     eventually(lambda: server.manager.statistics()["waiting"] == 0)
 
 
+def test_a_packet_of_unknown_length_may_fill_all_memory(serve, harness):
+    """Its buffer is made twice as large as what is there, but never larger than there is memory."""
+    server = serve(Delimited(b"\n", max_packet=1 << 20), manager=harness.manager(memory_limit=(1 << 17) + 1000))
+    client = server.client()
+    line = b"x" * 130000
+    client.sendall(line)
+    client.sendall(b"\n")
+    assert read_exactly(client, len(line) + 1) == line + b"\n"
+
+
 def test_a_packet_larger_than_all_memory_ends_with_pool_exhausted(serve, harness, caplog):
     """Waiting cannot help: ERROR, and the others go on."""
     server = serve(manager=harness.manager(memory_limit=1 << 16))

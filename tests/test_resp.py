@@ -317,6 +317,16 @@ def test_a_bulk_over_the_memory_limit_is_refused_in_words(harness):
     assert server.ended.wait()[0][1] is Reason.PROTOCOL
 
 
+def test_a_command_that_outgrows_the_pool_is_refused_in_words(harness):
+    """Of many small bulks, none of which is too large."""
+    server = harness.serve(Resp(), manager=harness.manager(memory_limit=1 << 16))
+    client = server.client()
+    client.sendall(b"*1000\r\n" + b"$100\r\n%b\r\n" % (b"x" * 100) * 900)
+    answer = read_to_end(client)
+    assert answer.startswith(b"-ERR Protocol error: a buffer of ") and b"over the memory limit of 65536 bytes" in answer
+    assert isinstance(server.ended.wait()[0][2], leviathan.PoolExhausted)
+
+
 # ---- mutations
 
 def outcome(role, pieces):
