@@ -73,7 +73,7 @@ READ = 0x001            # EPOLLIN and POLLIN
 WRITE = 0x004           # EPOLLOUT and POLLOUT
 EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
 # What an open session is watched with beside READ: report each arrival once, and an end or urgent data as such.
-EDGE = select.EPOLLET | select.EPOLLRDHUP | select.EPOLLPRI if hasattr(select, "epoll") else 0
+EDGE = 0x80000000 | 0x2000 | 0x002      # EPOLLET, EPOLLRDHUP (which PyPy does not name), EPOLLPRI
 
 SCRATCH = 1 << 18       # bytes read at once; libuv's figure is 64 KiB, uvloop's 256 KiB
 MAX_EVENTS = 512        # per poll
