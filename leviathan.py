@@ -271,6 +271,13 @@ class StatefulFraming(Framing):
         """
         return False
 
+    def leaving(self, session: Session, reason: Reason) -> Optional[bool]:
+        """The Communicator closes for *reason*; what is queued still leaves.
+
+        True: the framing owes the peer more than that, and ends the session itself when it has given it.
+        """
+        return False
+
     def closed(self, session: Session) -> None:
         """The connection is gone; on_disconnect comes next."""
 
@@ -885,7 +892,7 @@ class _Exchange:
         self.due = False                    # 100 Continue is to be sent when nothing is pending
         self.gone = False                   # the connection has ended
         self.waiting = 0                    # bytes of answers that wait for an earlier one
-        self.ending: Optional[Tuple[Reason, BaseException]] = None      # why it ends when all is answered
+        self.ending: Optional[Tuple[Reason, Optional[BaseException]]] = None    # why it ends when all is answered
         # Only the session's own thread touches the rest.
         self.current: Optional[Request] = None      # its handler runs now
         self.done = False                   # nothing more is parsed
@@ -1010,6 +1017,17 @@ class Http(StatefulFraming):
         with exchange.lock:
             exchange.calm = exchange.due = False
             exchange.done = True
+            return bool(exchange.pending)
+
+    def leaving(self, session: Session, reason: Reason) -> Optional[bool]:
+        """Requests that have been handed over are still answered, others are not read; see StatefulFraming.leaving."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if self.client:
+            return False
+        with exchange.lock:
+            exchange.calm = exchange.due = False
+            exchange.done = exchange.eof = True
+            exchange.ending = exchange.ending or (reason, None)
             return bool(exchange.pending)
 
     def closed(self, session: Session) -> None:
@@ -3127,6 +3145,10 @@ class Session(Channel):
         self.communicator.queue.engine.close(self, drain, reason, error)
         return True
 
+    def leave(self, reason: Reason) -> None:
+        """The Communicator closes: end behind all that the peer is owed."""
+        self.end(True, reason, None)
+
     def _on_owner(self, function: Callable[..., Any], *args: Any) -> None:
         if self.worker is None:
             return
@@ -3249,6 +3271,20 @@ class StatefulSession(Session):
     def send(self, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
         """Send *packet* as the framing does. Any thread; never waits. Otherwise like Session.send."""
         return self.stateful.send(self, packet, on_sent)
+
+    def leave(self, reason: Reason) -> None:
+        """See Session.leave; what is owed is the framing's to say."""
+        self._on_owner(self._leave, reason)
+
+    def _leave(self, reason: Reason) -> None:
+        owes = False
+        if self.is_open():
+            try:
+                owes = bool(self.stateful.leaving(self, reason))
+            except BaseException as problem:
+                _Core.on_failed(self.stateful.leaving, problem)
+        if not owes:
+            self.end(True, reason, None)
 
     def put(self, data: bytes, on_sent: Optional[OnSent] = None) -> bool:
         """Queue raw bytes as `write` does, on the session's own thread by the fast path of Session.send."""
@@ -3866,7 +3902,7 @@ class Communicator:
         for connector in connectors:
             connector._give_up()
         for session in self.sessions:
-            session.end(True, reason, None)
+            session.leave(reason)
         _closings.check()
 
     def _closed(self) -> bool:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import WINDOWS, Log, connect, eventually, read_exactly, read_to_end
+from conftest import DEADLINE, WINDOWS, Log, connect, eventually, read_exactly, read_to_end
 from leviathan import Headers, Http, HttpError, Request, Response
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -1226,6 +1226,46 @@ def test_a_chunked_body_that_outgrows_the_pool_is_413(serve, harness, caplog):
     other.sendall(GET)
     assert response_of(other)[0] == 200
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_waits_for_answers_that_are_owed(serve, streamed):
+    """Requests that were handed over are answered, in order; what comes then, and who is only idle, is not waited for."""
+    requests = Log()
+    server = serve(Http(), lambda session, request: requests.add(request))
+    client, idle = server.client(), server.client()
+    idle.sendall(GET)
+    requests.wait(1)[0].reply(b"idle from now on")
+    assert response_of(idle)[0] == 200
+    client.sendall(GET * 2)
+    _, first, second = requests.wait(3)
+    stopped = Log()
+    stopper = threading.Thread(target=lambda: stopped.add(server.stop()))
+    stopper.start()
+    assert read_to_end(idle) == b""
+    eventually(lambda: first.session.protocol.done)     # the stop has come to it
+    client.sendall(GET)                                 # too late: no handler gets it
+    second.reply(b"second")
+    if streamed:
+        with first.stream() as stream:
+            assert stream.write(b"fir") and stream.write(b"st")
+    else:
+        assert first.reply(b"first")
+    data = read_to_end(client)
+    stopper.join(DEADLINE)
+    assert data.count(b"HTTP/1.1 200 OK") == 2 and data.index(b"fir") < data.index(b"second") and data.endswith(b"second")
+    assert len(requests) == 3 and stopped.items == [True]
+    assert {reason for _, reason, _ in server.ended.items} == {leviathan.Reason.SHUTDOWN}
+
+
+def test_a_stop_waits_no_longer_than_its_timeout_for_an_answer(serve):
+    requests = Log()
+    server = serve(Http(), lambda session, request: requests.add(request))
+    client = server.client()
+    client.sendall(GET)
+    requests.wait()
+    assert server.stop(0.1) is False
+    assert requests.items[0].reply(b"too late") is False
 
 
 def test_a_stream_from_another_thread(serve):
