@@ -1023,12 +1023,11 @@ class EngineContract:
     def test_timers_come_in_their_order_and_not_too_early(self):
         queue = self.queue(1)
         began = time.monotonic()
-        for delay in (0.09, 0.03, 0.0, 0.06):
-            queue.engine.call_later(delay, 0, lambda delay=delay: self.record.add("timer", None,
-                                                                                  (delay, time.monotonic() - began)))
+        timers = {delay: queue.engine.call_later(delay, 0, lambda delay=delay: self.record.add(
+            "timer", None, (delay, time.monotonic() - began))) for delay in (0.09, 0.03, 0.0, 0.06)}
         self.record.wait_for("timer", 4)
         fired = [what for _, _, _, what in self.record.of("timer")]
-        assert [delay for delay, _ in fired] == [0.0, 0.03, 0.06, 0.09]
+        assert [delay for delay, _ in fired] == sorted(timers, key=lambda delay: timers[delay].when)
         assert all(took >= delay - 1e-6 for delay, took in fired)       # a clock of whole ticks, and floats
 
     def test_a_repeated_timer_and_its_cancel(self):
@@ -1044,9 +1043,15 @@ class EngineContract:
 
     def test_a_cancelled_timer_never_comes(self):
         queue = self.queue(1)
-        timers = [queue.engine.call_later(0.03, 0, self.record.add, "timer", None, number) for number in range(200)]
-        for timer in timers[::2] + timers[1:150:2]:
-            timer.cancel()
+
+        def make():                         # on the only thread, so that none comes before it is cancelled
+            timers = [queue.engine.call_later(0.01, 0, self.record.add, "timer", None, number) for number in range(200)]
+            for timer in timers[::2] + timers[1:150:2]:
+                timer.cancel()
+            self.record.add("made")
+
+        queue.post(make)
+        self.record.wait_for("made")
         self.elapse(queue, 0.1)
         assert [what for _, _, _, what in self.record.of("timer")] == list(range(151, 200, 2))
         assert queue.engine.statistics()["timers"] == 0
@@ -1059,7 +1064,7 @@ class EngineContract:
             self.record.add("tick")
             timers[0].cancel()
 
-        timers.append(queue.engine.call_later(0.01, 0.01, tick))
+        queue.post(lambda: timers.append(queue.engine.call_later(0.01, 0.01, tick)))
         self.record.wait_for("tick")
         self.elapse(queue, 0.05)
         assert self.record.count("tick") == 1
