@@ -41,12 +41,13 @@ class Meter:
         return self.counted_from is None or now - self.counted_from < self.seconds
 
     def result(self):
-        """{figure: number}; ends the program if there was a wrong reply."""
+        """{figure: number}; ends the program if there was a wrong reply, or none."""
         ordered = sorted(self.times)
         if self.wrong is not None or not ordered:
             sys.exit("wrong replies: %.200r" % (self.wrong,))
         return {"commands": len(ordered) * len(self.expected), "seconds": self.last - self.counted_from,
-                "cpu": self.cpu - self.cpu_from, "p50_us": ordered[len(ordered) // 2] * 1e6, "p99_us": ordered[len(ordered) * 99 // 100] * 1e6}
+                "cpu": self.cpu - self.cpu_from, "p50_us": ordered[len(ordered) // 2] * 1e6,
+                "p99_us": ordered[len(ordered) * 99 // 100] * 1e6}
 
 
 def run_leviathan(port, meter, load):

@@ -151,6 +151,7 @@ class Program(Server):
             for pid in self.processes():
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
+            self.process.wait()         # once more, if a signal came while it was asked
             self.folder.cleanup()
 
     def under(self, command, patience):
