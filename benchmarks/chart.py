@@ -4,6 +4,7 @@ Throughput is relative to the reference, a natural program, whose 1.0 is a line 
 has its own scale, and each bar its number. The file stands alone (no script, no font, no reference) and has its own
 ground, light or dark as the reader's system is set.
 """
+import textwrap
 from statistics import median
 from xml.sax.saxutils import escape
 
@@ -12,7 +13,8 @@ from cases import RELATIVE, SUBJECT
 
 COLUMNS = 2
 WIDTH, PANEL, MARGIN, GAP = 880, 412, 18, 20    # of the picture, of a panel, around and between panels; pixels
-TOP = 92                                # what the picture's own heading takes
+TOP, LINE = 92, 17                      # what the picture's own heading takes, and each line more
+FACTS = 130                             # characters of such a line
 HEAD, BAR, PITCH = 52, 13, 20           # a panel's heading, a bar's height, from one bar to the next
 NAMES, VALUES = 162, 64                 # room left of the bars for names, right of them for numbers
 FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -115,15 +117,16 @@ def draw_panel(panel, x, y):
 
 def draw(suite, results):
     """Return the picture as the text of an SVG file."""
-    parts, ends = [], [TOP] * COLUMNS
+    versions = ["%s %s" % pair for pair in results["versions"].items()]
+    facts = textwrap.wrap(", ".join([results["machine"]["processor"]] + versions), FACTS, break_on_hyphens=False)
+    parts, ends = [], [TOP + LINE * (len(facts) - 1)] * COLUMNS
     for panel in panels(suite, results):
         column = ends.index(min(ends))
         parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column])
         ends[column] += panel.height + GAP
     height = max(ends)
-    heading = [text(MARGIN, 38, suite.title, "title"), text(MARGIN, 60, suite.subtitle, "soft"),
-               text(MARGIN, 77, "%s, %s" % (results["machine"]["processor"],
-                                            ", ".join("%s %s" % pair for pair in results["versions"].items())), "soft")]
+    heading = [text(MARGIN, 38, suite.title, "title"), text(MARGIN, 60, suite.subtitle, "soft")]
+    heading += [text(MARGIN, 77 + LINE * i, line, "soft") for i, line in enumerate(facts)]
     frame = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
              % (WIDTH, height, WIDTH, height),
              "<title>%s: throughput relative to %s</title>"

@@ -37,12 +37,12 @@ Servers answer `wrk` and `redis-benchmark` on 50 connections, all of a server on
 of Redis talks to the real redis-server. Two things must be known to read the figures:
 
 - leviathan keeps the header blocks that it has seen last and does not parse the same bytes again. wrk sends the same bytes
-  each time, as keep-alive clients often do: `http-hello` is the best that this can do. `leviathan-nothing-kept` is without it,
-  and in `http-headers` no two requests are alike, so that it cannot help.
-- wrk and redis-benchmark have one core too. Where *server busy* is much below 100 % they were the limit, and the server
-  had time to spare that requests per second do not show; *per CPU second* does, roughly. So do not read a ratio
-  of 1 as "as fast" there. With nothing in flight but one command per connection redis-benchmark costs about as much as what it
-  measures; with 16 in flight (`-P 16`) it is the servers that differ.
+  each time, as keep-alive clients often do: `http-hello` is the best that this can do. `leviathan-nothing-kept` is without
+  it. In `http-headers` no two requests are alike: there it cannot help, and looking for them and keeping them costs something.
+- wrk and redis-benchmark have one core too. Where *server busy* is much below 100 % they, or another program on the machine,
+  were the limit, and requests per second do not show what the server could do; *per CPU second* does, roughly. So a ratio
+  of 1 does not mean "as fast" there. With one command in flight on each connection redis-benchmark has as much to do as the
+  server; with 16 (`-P 16`) it is the servers that differ.
 
 ![Throughput relative to uvicorn, redis-server and redis-py](benchmarks-protocols.svg)"""
 
