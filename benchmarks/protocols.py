@@ -163,9 +163,10 @@ class Program(Server):
         except subprocess.TimeoutExpired:
             raise Failed("the load does not end" + self.last_words())
         took, used = time.perf_counter() - begun, self.cpu_seconds() - before
-        errors = done.stderr.decode(errors="replace").strip()
-        if done.returncode or self.process.poll() is not None:
-            raise Failed((errors.splitlines() or ["the load failed, or the server ended"])[-1] + self.last_words())
+        if self.process.poll() is not None:
+            raise Failed("the server has ended" + self.last_words())
+        if done.returncode:
+            raise Failed("the load failed: %s" % done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         return done.stdout.decode(), took, used
 
 
