@@ -2,13 +2,14 @@
 
 A case names contenders and a function ``measure(contender, case, settings)`` that measures one of them once and returns
 {name of a figure: number}. All else, rounds, ratios and tables, is alike for all and lives in run.py and report.py.
-What is here runs on Linux; windows.py has the tables for Windows' API, under Wine.
+What is here runs on Linux; windows.py has the tables for Windows' API, under Wine, protocols.py those for HTTP and Redis.
 """
 from collections import namedtuple
 
 from harness import IdleClients, Server, import_seconds
 
-Settings = namedtuple("Settings", "rounds seconds warmup quick")
+# peers: the folder of the programs that protocols.py compares with
+Settings = namedtuple("Settings", "rounds seconds warmup quick peers")
 
 MIB = 1 << 20
 SUBJECT = "leviathan"
@@ -18,13 +19,18 @@ EVERYONE = PROTOCOLS + ["asyncio-natural+malloc", "uvloop-streams", "asyncio-str
 
 
 # What one run of run.py is about. document: the name of its files in docs/. cases, targets: the tables. reference: the
-# contender that is 1.0 in the picture. title, subtitle: the picture's. introduction: of the document. prepare(say):
-# makes what the servers need, raises Unavailable. machine(), versions(): what the figures depend on, {what: text}.
+# contender that is 1.0 in the picture, None if each case names its own. title, subtitle: the picture's. introduction: of
+# the document. prepare(say): makes what the servers need, raises Unavailable. machine(), versions(settings): what the
+# figures depend on, {what: text}.
 Suite = namedtuple("Suite", "document cases targets reference title subtitle introduction prepare machine versions")
 
 
 class Unavailable(Exception):
     """A suite cannot run on this machine; the message says what is missing and what to do about it."""
+
+
+RELATIVE = "relative"       # a Case's picture: its figure relative to the reference, under its own name and title
+Bars = namedtuple("Bars", "heading subheading form")    # or: its figure as it is; form None: by its size
 
 
 class Case:
@@ -37,13 +43,16 @@ class Case:
     columns: (name of the figure, heading, format) of the columns shown.
     versus: the contender each is divided by; None: leviathan is divided by each.
     rounds, quick_rounds: fixed numbers of rounds, for what varies little or a lot; None: as on the command line.
+    also: (figure, what its ratio is called) of further figures that are compared.
+    picture: its panel in the picture, RELATIVE or Bars; None: it has none. reference: what is 1.0 there; None: the suite's.
     """
 
     def __init__(self, name, title, measure, contenders, figure, columns, parameters, versus=None, rounds=None,
-                 quick_rounds=None):
+                 quick_rounds=None, also=(), picture=None, reference=None):
         self.name, self.title, self.measure, self.contenders = name, title, measure, contenders
         self.figure, self.columns, self.parameters = figure, columns, parameters
         self.versus, self.rounds, self.quick_rounds = versus, rounds, quick_rounds
+        self.also, self.picture, self.reference = also, picture, reference
 
     def rounds_for(self, settings):
         """How many rounds are run."""
@@ -118,12 +127,14 @@ def measure_huge(contender, case, settings):
 
 ECHO_COLUMNS = [("msgs_per_s", "messages/s", "count"), ("p50_us", "p50 µs", "number"), ("p99_us", "p99 µs", "number"),
                 ("busy", "server busy", "percent")]
+ECHO_ALSO = [("p99_us", "p99")]
 
 
 def echo_case(name, title, more=(), **parameters):
     """A case in which a number of connections each keep a window of messages in flight."""
     contenders = EVERYONE[:2] + list(more) + EVERYONE[2:]
-    return Case(name, title, measure_echo, contenders, "msgs_per_s", ECHO_COLUMNS, parameters)
+    return Case(name, title, measure_echo, contenders, "msgs_per_s", ECHO_COLUMNS, parameters, also=ECHO_ALSO,
+                picture=RELATIVE)
 
 
 CASES = [
@@ -138,10 +149,12 @@ CASES = [
          [("before", "before", "bytes"), ("with", "with them", "bytes"),
           ("per_connection", "bytes each (PSS)", "number"), ("rss_per_connection", "bytes each (RSS)", "number"),
           ("used_per_connection", "bytes each after one packet", "number")],
-         {"conns": 8000, "quick_conns": 2000}, rounds=3, quick_rounds=1),
+         {"conns": 8000, "quick_conns": 2000}, rounds=3, quick_rounds=1,
+         picture=Bars("memory", "bytes per idle connection; less is better", None)),
     Case("import", "time of an import in a fresh interpreter", measure_import,
          ["leviathan", "asyncio", "uvloop", "socketserver"], "import_ms", [("import_ms", "ms", "number")],
-         {}, rounds=21, quick_rounds=5),
+         {}, rounds=21, quick_rounds=5,
+         picture=Bars("import", "milliseconds of a first import; less is better", None)),
     Case("broadcast", "one packet of 64 bytes to 5000 connections (quick: 1000)", measure_broadcast,
          ["leviathan", "uvloop-natural", "asyncio-natural", "twisted"], "deliveries_per_s",
          [("deliveries_per_s", "deliveries/s", "count"), ("rounds_per_s", "broadcasts/s", "number"),

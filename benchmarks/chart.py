@@ -1,18 +1,20 @@
 """Draws docs/benchmarks.svg: a panel of bars per case, leviathan's among them in its own colour.
 
-Throughput is relative to the suite's reference, a natural program, whose 1.0 is a line through each panel; each panel
+Throughput is relative to the reference, a natural program, whose 1.0 is a line through each panel; each panel
 has its own scale, and each bar its number. The file stands alone (no script, no font, no reference) and has its own
 ground, light or dark as the reader's system is set.
 """
+import textwrap
 from statistics import median
 from xml.sax.saxutils import escape
 
 import report
-from cases import SUBJECT
+from cases import RELATIVE, SUBJECT
 
 COLUMNS = 2
 WIDTH, PANEL, MARGIN, GAP = 880, 412, 18, 20    # of the picture, of a panel, around and between panels; pixels
-TOP = 92                                # what the picture's own heading takes
+TOP, LINE = 92, 17                      # what the picture's own heading takes, and each line more
+FACTS = 130                             # characters of such a line
 HEAD, BAR, PITCH = 52, 13, 20           # a panel's heading, a bar's height, from one bar to the next
 NAMES, VALUES = 162, 64                 # room left of the bars for names, right of them for numbers
 FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -44,46 +46,44 @@ STYLE = """
 
 
 class Panel:
-    """What one panel shows: bars = [(name, value)], a value to draw a line through or None, how values are written."""
+    """What one panel shows: bars = [(name, value)], a value to draw a line through or None, how values are written.
 
-    def __init__(self, heading, subheading, bars, mark, form):
+    `reference` is the name of the bar that stands out beside leviathan's.
+    """
+
+    def __init__(self, heading, subheading, bars, mark, form, reference):
         self.heading, self.subheading, self.bars, self.mark, self.form = heading, subheading, bars, mark, form
+        self.kinds = {SUBJECT: "ours", reference: "reference"}
         self.height = HEAD + PITCH * len(bars) + 8
 
 
 def throughput_panel(case, result, reference):
-    """Messages per second relative to the reference, without the C server, the ceiling, which would dwarf the rest."""
+    """Throughput relative to the reference, without the C server, the ceiling, which would dwarf the rest."""
     bars = []
     for contender in case.contenders:
         values = report.ratios(result, contender, reference, case.figure)
         if values and contender != "c":
             bars.append((contender, median(values)))
-    return Panel(case.name, case.title, bars, 1.0, "ratio")
+    return Panel(case.name, case.title, bars, 1.0, "ratio", reference)
 
 
-def plain_panel(case, result, heading, subheading, form=None):
+def plain_panel(case, result, reference):
     """The figure of a case as it is."""
     bars = [(name, median(report.known(report.figures(result, name, case.figure)))) for name in case.contenders
             if report.known(report.figures(result, name, case.figure))]
-    form = form or ("count" if max(value for _, value in bars) >= 100 else "number")
-    return Panel(heading, subheading, bars, None, form)
+    heading, subheading, form = case.picture
+    form = form or ("count" if max([value for _, value in bars], default=0) >= 100 else "number")
+    return Panel(heading, subheading, bars, None, form, reference)
 
 
 def panels(suite, results):
     """The panels of the cases there are results for."""
     made = []
     for case in suite.cases:
-        result = results["cases"].get(case.name)
-        if result is None or not result["samples"]:
-            continue
-        if case.name.startswith("echo") and suite.reference in result["samples"]:
-            made.append(throughput_panel(case, result, suite.reference))
-        elif case.name.startswith("calls"):
-            made.append(plain_panel(case, result, case.name, "Windows calls per message; less is better", "ratio"))
-        elif case.name == "idle":
-            made.append(plain_panel(case, result, "memory", "bytes per idle connection; less is better"))
-        elif case.name == "import":
-            made.append(plain_panel(case, result, "import", "milliseconds of a first import; less is better"))
+        result, reference = results["cases"].get(case.name), case.reference or suite.reference
+        if result is not None and case.picture is not None:
+            panel = throughput_panel if case.picture == RELATIVE else plain_panel
+            made.append(panel(case, result, reference))
     return [panel for panel in made if panel.bars]
 
 
@@ -101,13 +101,13 @@ def draw_bar(panel, x, y, scale, name, value, kind):
             text(x + PANEL - 16, y + BAR - 2, report.FORMATS[panel.form](value), "right " + kind)]
 
 
-def draw_panel(panel, x, y, kinds):
+def draw_panel(panel, x, y):
     """One panel with its upper left corner at (x, y)."""
     scale = (PANEL - NAMES - VALUES) / max(max(value for _, value in panel.bars), panel.mark or 0)
     parts = ['<rect x="%.1f" y="%.1f" width="%d" height="%d" rx="6" class="panel"/>' % (x, y, PANEL, panel.height),
              text(x + 14, y + 22, panel.heading, "case"), text(x + 14, y + 39, panel.subheading, "soft")]
     for i, (name, value) in enumerate(panel.bars):
-        parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value, kinds.get(name, ""))
+        parts += draw_bar(panel, x, y + HEAD + PITCH * i, scale, name, value, panel.kinds.get(name, ""))
     if panel.mark:
         at = x + NAMES + panel.mark * scale
         parts.append('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" class="line"/>'
@@ -117,18 +117,19 @@ def draw_panel(panel, x, y, kinds):
 
 def draw(suite, results):
     """Return the picture as the text of an SVG file."""
-    kinds = {SUBJECT: "ours", suite.reference: "reference"}
-    parts, ends = [], [TOP] * COLUMNS
+    versions = ["%s %s" % pair for pair in results["versions"].items()]
+    facts = textwrap.wrap(", ".join([results["machine"]["processor"]] + versions), FACTS, break_on_hyphens=False)
+    parts, ends = [], [TOP + LINE * (len(facts) - 1)] * COLUMNS
     for panel in panels(suite, results):
         column = ends.index(min(ends))
-        parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column], kinds)
+        parts += draw_panel(panel, MARGIN + column * (PANEL + GAP), ends[column])
         ends[column] += panel.height + GAP
     height = max(ends)
-    heading = [text(MARGIN, 38, suite.title, "title"), text(MARGIN, 60, suite.subtitle, "soft"),
-               text(MARGIN, 77, "%s, %s" % (results["machine"]["processor"],
-                                            ", ".join("%s %s" % pair for pair in results["versions"].items())), "soft")]
+    heading = [text(MARGIN, 38, suite.title, "title"), text(MARGIN, 60, suite.subtitle, "soft")]
+    heading += [text(MARGIN, 77 + LINE * i, line, "soft") for i, line in enumerate(facts)]
     frame = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
              % (WIDTH, height, WIDTH, height),
-             "<title>%s: throughput relative to %s</title>" % (suite.title, suite.reference.partition("-")[0]),
+             "<title>%s: throughput relative to %s</title>"
+             % (suite.title, suite.reference.partition("-")[0] if suite.reference else "its peers"),
              "<style>%s</style>" % STYLE, '<rect width="100%" height="100%" rx="8" class="ground"/>']
     return "\n".join(frame + heading + parts + ["</svg>"]) + "\n"

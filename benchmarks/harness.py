@@ -154,7 +154,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.process.stdout.close()
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def load(self, mode, **options):
         """Run the load generator against this server; return what it measured, with the server's own share of time.

@@ -1,6 +1,6 @@
 """Turns results into tables, into the verdict on each target, and into docs/benchmarks.md.
 
-Results are plain data, as they are kept in docs/benchmarks.json (and docs/benchmarks-windows.json):
+Results are plain data, as they are kept in docs/benchmarks.json (and -windows.json, -protocols.json):
 
     {"machine": {what: text}, "versions": {what: text},
      "cases": {case: {"measured": date, "command": text, "seconds": number, "quick": bool,
@@ -81,10 +81,9 @@ def table(headings, rows):
     return "\n".join([line(headings), rule] + [line(row) for row in rows])
 
 
-def ratio_heading(case, figure):
+def ratio_heading(case, what):
     """What the column of ratios is called."""
-    what = {"msgs_per_s": "", "p99_us": " p99"}.get(figure, "")
-    return "this / %s" % case.versus if case.versus else "%s%s / this" % (SUBJECT, what)
+    return "this / %s" % case.versus if case.versus else " ".join(filter(None, [SUBJECT, what, "/ this"]))
 
 
 def ratio_cell(case, result, contender, figure):
@@ -104,14 +103,14 @@ def column_cell(case, result, contender, column):
 
 def case_table(case, result):
     """The table of one case: a row per contender that took part."""
-    compared = [case.figure] + (["p99_us"] if case.figure == "msgs_per_s" and not case.versus else [])
+    compared = [(case.figure, "")] + list(case.also)
     headings = ["server"] + [heading for _, heading, _ in case.columns]
-    headings += [ratio_heading(case, figure) for figure in compared]
+    headings += [ratio_heading(case, what) for _, what in compared]
     rows = []
     for contender in case.contenders:
         if known(result["samples"].get(contender, [])):
             cells = [column_cell(case, result, contender, column) for column in case.columns]
-            rows.append([contender] + cells + [ratio_cell(case, result, contender, figure) for figure in compared])
+            rows.append([contender] + cells + [ratio_cell(case, result, contender, figure) for figure, _ in compared])
     return table(headings, rows)
 
 
@@ -168,7 +167,7 @@ def target_table(suite, results, only=None):
 
 
 def document(suite, results):
-    """The text of docs/benchmarks.md, or benchmarks-windows.md."""
+    """The text of docs/benchmarks.md, or that of another suite."""
     facts = ["- %s: %s" % pair for pair in list(results["machine"].items()) + list(results["versions"].items())]
     parts = [HEAD % (suite.introduction, "\n".join(facts)), "## Targets\n\n" + target_table(suite, results)]
     parts += [case_report(case, results["cases"][case.name]) for case in suite.cases if case.name in results["cases"]]

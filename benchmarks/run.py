@@ -16,6 +16,7 @@ import time
 from build import compiled
 from cases import CASES, TARGETS, Settings, Suite, Unavailable
 from harness import HERE, ROOT, Failed, Missing, machine, machine_to_itself
+from protocols import PROTOCOLS
 from windows import WINE
 import chart
 import report
@@ -76,7 +77,7 @@ def chosen_contenders(case, names):
 # ---- the suite, and with what it runs ----------------------------------------------------------------------------
 
 
-def versions():
+def versions(settings):
     """Python's version and those of the peers that are installed."""
     from importlib import metadata
     found = {platform.python_implementation(): platform.python_version()}
@@ -90,7 +91,7 @@ def versions():
 
 LINUX = Suite("benchmarks", CASES, TARGETS, "uvloop-natural", "leviathan and its peers",
               "Echo of length-prefixed packets on one core: messages per second, a natural uvloop program being 1.0. "
-              "More is better.", INTRODUCTION, lambda say: None, machine, versions)
+              "More is better.", INTRODUCTION, lambda say: compiled("load.c"), machine, versions)
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def merged(suite, results):
 
 
 def write_documents(suite, results):
-    """Write docs/benchmarks.json, .md and .svg."""
+    """Write docs/benchmarks.json, .md and .svg, or those of another suite."""
     os.makedirs(DOCS, exist_ok=True)
     texts = {"json": json.dumps(results, indent=1) + "\n", "md": report.document(suite, results),
              "svg": chart.draw(suite, results)}
@@ -131,18 +132,24 @@ def write_documents(suite, results):
 def parse_arguments(arguments=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     epilog="cases: %s; with --wine: %s" % tuple(map(case_names, (LINUX, WINE))))
+                                     epilog="cases: %s; with --wine: %s; with --protocols: %s"
+                                     % tuple(map(case_names, (LINUX, WINE, PROTOCOLS))))
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all, if none is named")
     parser.add_argument("--rounds", type=int, default=0, help="turns each server has (default 5, with --quick 2)")
     parser.add_argument("--seconds", type=float, default=0, help="measured each time (default 1, with --quick 0.5)")
     parser.add_argument("--servers", default="", metavar="A,B", help="only these take part")
     parser.add_argument("--quick", action="store_true", help="a short run that shows the order of things")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, .svg and .json")
-    parser.add_argument("--wine", action="store_true", help="measure on Windows' API under Wine, and --write, --remake "
-                        "docs/benchmarks-windows.md, .svg and .json")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--wine", action="store_true", help="measure on Windows' API under Wine, and --write, --remake "
+                       "docs/benchmarks-windows.md, .svg and .json")
+    other.add_argument("--protocols", action="store_true", help="measure HTTP and Redis, and --write, --remake "
+                       "docs/benchmarks-protocols.md, .svg and .json")
+    parser.add_argument("--peers", metavar="VENV/bin", default=os.path.dirname(sys.executable),
+                        help="the programs of a virtualenv that has the Python peers of --protocols (default: Python's own)")
     parser.add_argument("--remake", action="store_true", help="only write the .md and .svg of the kept .json anew")
     options = parser.parse_args(arguments)
-    options.suite = WINE if options.wine else LINUX
+    options.suite = WINE if options.wine else PROTOCOLS if options.protocols else LINUX
     unknown = set(options.cases) - {case.name for case in options.suite.cases}
     if unknown:
         parser.error("no such case: %s; there are %s" % (", ".join(sorted(unknown)), case_names(options.suite)))
@@ -157,12 +164,11 @@ def case_names(suite):
 def measure(options):
     """Run the cases that were asked for, reporting each when it is done; return all results."""
     settings = Settings(options.rounds or (2 if options.quick else 5), options.seconds or (.5 if options.quick else 1),
-                        .2 if options.quick else .3, options.quick)
-    compiled("load.c")      # now, not while something is measured
+                        .2 if options.quick else .3, options.quick, os.path.abspath(options.peers))
     servers = [name for name in options.servers.split(",") if name]
     suite = options.suite
-    suite.prepare(progress)
-    results = {"machine": suite.machine(), "versions": suite.versions(), "cases": {}}
+    suite.prepare(progress)         # now, not while something is measured
+    results = {"machine": suite.machine(), "versions": suite.versions(settings), "cases": {}}
     for case in suite.cases:
         if not options.cases or case.name in options.cases:
             result = measure_case(case, chosen_contenders(case, servers), settings)
@@ -172,8 +178,9 @@ def measure(options):
 
 
 def command():
-    """The command line as one would type it in the folder of the project."""
-    return " ".join(["python", os.path.relpath(os.path.join(HERE, "run.py"), ROOT)] + sys.argv[1:])
+    """The command line as one would type it in the folder of the project; where the peers are is everybody's own affair."""
+    line = " ".join(["python", os.path.relpath(os.path.join(HERE, "run.py"), ROOT)] + sys.argv[1:])
+    return re.sub(r"(--pe\w*[ =])\S+", r"\1v/bin", line)
 
 
 def main():

@@ -24,7 +24,8 @@ import threading
 import time
 from collections import deque
 
-from cases import MIB, Case, ECHO_COLUMNS, Suite, Target, Unavailable, measure_echo
+from build import compiled
+from cases import MIB, RELATIVE, Bars, Case, ECHO_ALSO, ECHO_COLUMNS, Suite, Target, Unavailable, measure_echo
 from harness import READY_WITHIN, ROOT, Failed, Server, cores, cpu_seconds, machine, pinning
 
 sys.path.append(os.path.join(ROOT, "tests"))
@@ -226,12 +227,13 @@ CALL_COLUMNS = [("api", "Windows calls", "ratio"), ("WSARecv", "WSARecv", "ratio
 def echo_case(name, title, **parameters):
     """Throughput."""
     return Case(name, title, functools.partial(measure_echo, start=WineServer), CONTENDERS, "msgs_per_s", COLUMNS,
-                parameters)
+                parameters, also=ECHO_ALSO, picture=RELATIVE)
 
 
 def calls_case(name, title, **parameters):
     """Calls per message."""
-    return Case(name, title, measure_calls, CONTENDERS, "api", CALL_COLUMNS, parameters, rounds=3, quick_rounds=1)
+    return Case(name, title, measure_calls, CONTENDERS, "api", CALL_COLUMNS, parameters, rounds=3, quick_rounds=1,
+                picture=Bars(name, "Windows calls per message; less is better", "ratio"))
 
 
 CASES = [
@@ -260,7 +262,8 @@ TARGETS += [Target(case, figure, "proactor-" + style, "at most", 1.0)
 
 
 def prepare(say):
-    """Make a CPython for Windows with winloop."""
+    """Make the load generator, and a CPython for Windows with winloop."""
+    compiled("load.c")
     try:
         wine.prepare()
         wine.warm()
@@ -274,7 +277,7 @@ def prepare(say):
         say("perf cannot count system calls here: those of Linux will be missing")
 
 
-def versions():
+def versions(settings):
     """Of Wine, and of what runs under it."""
     script = ("import importlib.metadata as m, platform\n"
               "print('CPython for Windows', platform.python_version())\n"
