@@ -1217,7 +1217,7 @@ def test_memory_for_a_body_that_the_pool_can_never_give_is_413(serve, harness):
 
 def test_a_chunked_body_that_outgrows_the_pool_is_413(serve, harness, caplog):
     """Nobody has told its length, so it is found out on the way; no traceback, and nobody else is touched."""
-    server = serve(Http(max_body=1 << 24), echo, manager=harness.manager(memory_limit=1 << 20))
+    server = serve(Http(max_body=1 << 24), echo, manager=harness.manager(memory_limit=(1 << 20) + (1 << 16)))
     client, other = server.client(), server.client()
     client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 48)
     assert read_to_end(client).startswith(b"HTTP/1.1 413 ")
