@@ -772,7 +772,8 @@ class Request:
         It leaves when the answers of the requests before it have left. True if it is queued, False if the connection
         has ended. Raises ValueError if it is answered already, and for what cannot be sent.
         """
-        done = self._http().answer(self.session, self, response, on_sent)
+        session = self.session
+        done = self._http().answer(session, self, response, on_sent, get_ident() == session.thread)
         if done is None:
             raise ValueError("%r is answered already" % self)
         return done
@@ -878,6 +879,23 @@ class ResponseStream:
             self.request.session.abort()
 
 
+class _Second:
+    """What all answers of one second share. In one object, so that a thread never sees half of the next second."""
+
+    __slots__ = ("begin", "end", "date", "starts", "prefixes")
+
+    def __init__(self, now: float) -> None:
+        self.begin = float(int(now))
+        self.end = self.begin + 1.0
+        at = time.gmtime(now)
+        self.date = b"Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % (
+            b"MonTueWedThuFriSatSun"[3 * at.tm_wday:3 * at.tm_wday + 3], at.tm_mday,
+            b"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * at.tm_mon - 3:3 * at.tm_mon], at.tm_year,
+            at.tm_hour, at.tm_min, at.tm_sec)
+        self.starts: Dict[int, bytes] = {}          # {status: status line and Date}
+        self.prefixes: Dict[Any, bytes] = {}        # {(status, headers as pairs, bytes of the body): all before the body}
+
+
 class _Exchange:
     """What Http remembers of a connection, in `session.protocol`."""
 
@@ -946,9 +964,7 @@ class Http(StatefulFraming):
         self._known: Dict[bytes, _Head] = {}            # {header block: what it means}, of requests without a body
         self._ordinary: Dict[bytes, Headers] = {}       # {their header lines: the same}, for requests of another target
         self._blocks: Dict[Any, bytes] = {}             # {a response's ordinary headers, as pairs: its lines}
-        self._stamp = -1.0                  # when the Date of _starts is over
-        self._date = b""
-        self._starts: Dict[int, bytes] = {}     # {status: status line and Date}, for one second
+        self._second = _Second(0.0)         # long over
         self._request_rule = re.compile(r"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n(%s)" % (_TOKEN, _FIELDS)).fullmatch
         self._status_rule = re.compile(
             r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\0-\x08\x0a-\x1f\x7f]*))?\r\n(%s)" % _FIELDS).fullmatch
@@ -1056,12 +1072,14 @@ class Http(StatefulFraming):
         if exchange is None:
             return False                    # not connected yet
         request = exchange.current
-        # On Windows `thread` is always 0: there the engine knows whose the session is just now.
-        if request is not None and (get_ident() == session.thread or session.communicator.queue.engine.owns(session)):
-            done = self.answer(session, request, packet, on_sent)
-            if done is None:
-                raise ValueError("%r is answered already" % request)
-            return done
+        if request is not None:
+            own = get_ident() == session.thread
+            # On Windows `thread` is always 0: there the engine knows whose the session is just now.
+            if own or session.communicator.queue.engine.owns(session):
+                done = self.answer(session, request, packet, on_sent, own)
+                if done is None:
+                    raise ValueError("%r is answered already" % request)
+                return done
         while True:
             with exchange.lock:
                 if exchange.gone or session.state is not State.OPEN:
@@ -1073,26 +1091,30 @@ class Http(StatefulFraming):
             if done is not None:            # else another thread was faster
                 return done
 
-    def answer(self, session: Session, request: Request, packet: Any, on_sent: Optional[OnSent]) -> Optional[bool]:
-        """Answer *request*. None if that was done before, False if the connection has ended."""
+    def answer(self, session: Session, request: Request, packet: Any, on_sent: Optional[OnSent],
+               own: bool = False) -> Optional[bool]:
+        """Answer *request*. None if that was done before, False if the connection has ended. *own*: on its own thread."""
         head = request._head
         # The fast path: what is sent most, on the thread that owns the session, while nothing else is owed.
-        if head.plain and on_sent is None and get_ident() == session.thread:
+        if own and head.plain and on_sent is None:
             data = None
             kind = type(packet)
+            second = self._second
+            if not second.begin <= time.time() < second.end:        # it is over, or the clock was put back
+                second = self._second = _Second(time.time())
             if kind is Response:
                 body = packet.body
-                if type(body) is bytes and len(body) <= SEND_INLINE and packet.status >= 200 and packet.status != 204 \
-                        and packet.status != 304:
+                if type(body) is bytes:
                     headers = packet.headers
                     try:
-                        block = self._blocks.get(tuple(headers.items()) if type(headers) is dict else
-                                                 tuple(headers) if type(headers) is list else headers or ())
+                        key = packet.status, (tuple(headers.items()) if type(headers) is dict else
+                                              tuple(headers) if type(headers) is list else headers or ()), len(body)
+                        # Found, it has been looked at already: 0.35 us less than to put it together again.
+                        prefix = second.prefixes.get(key) or self._prefix(second, *key)
                     except TypeError:
-                        block = None        # it has a list in it, or what else is not hashable
-                    if block is not None:
-                        data = b"%b%bContent-Length: %d\r\n\r\n%b" % (
-                            self._start(packet.status), block, len(body), body)
+                        prefix = b""        # it has a list in it, or what else is not hashable
+                    if prefix:
+                        data = prefix + body
             elif kind is bytes and len(packet) <= SEND_INLINE:
                 data = b"%bContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n%b" % (
                     self._start(200), len(packet), packet)
@@ -1108,7 +1130,7 @@ class Http(StatefulFraming):
                         pending.clear()
                 # Only this thread adds requests, so nobody can come in between.
                 if alone:
-                    return session.put(data)            # type: ignore[attr-defined,no-any-return]
+                    return session.put(data, None, True)        # type: ignore[attr-defined,no-any-return]
                 return self.emit(session, request, (data,), _ANSWERED, False, None)
         chunks, state, closes = self._encode_answer(head, packet)
         return self.emit(session, request, chunks, state, closes, on_sent)
@@ -1194,21 +1216,25 @@ class Http(StatefulFraming):
         reason, error = exchange.ending or (Reason.NORMAL, None)
         session.end(True, reason, error)
 
+    def _prefix(self, second: _Second, status: int, headers: Any, size: int) -> bytes:
+        """All that stands before a body of *size* bytes, and is kept for this second; b"" if it is no ordinary answer."""
+        block = self._blocks.get(headers)
+        if block is None or size > SEND_INLINE or status < 200 or status in (204, 304):
+            return b""
+        prefix = b"%b%bContent-Length: %d\r\n\r\n" % (self._start(status), block, size)
+        if len(second.prefixes) < HEADS_KEPT:
+            second.prefixes[status, headers, size] = prefix
+        return prefix
+
     def _start(self, status: int) -> bytes:
         """Status line and Date; made once a second for each status."""
         now = time.time()
-        starts = self._starts
-        if not self._stamp - 1.0 <= now < self._stamp:          # its second is over, or the clock was put back
-            at = time.gmtime(now)
-            self._date = b"Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % (
-                b"MonTueWedThuFriSatSun"[3 * at.tm_wday:3 * at.tm_wday + 3], at.tm_mday,
-                b"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * at.tm_mon - 3:3 * at.tm_mon], at.tm_year,
-                at.tm_hour, at.tm_min, at.tm_sec)
-            starts = self._starts = {}
-            self._stamp = int(now) + 1.0
-        found = starts.get(status)
+        second = self._second
+        if not second.begin <= now < second.end:
+            second = self._second = _Second(now)
+        found = second.starts.get(status)
         if found is None:
-            found = starts[status] = self._status_line(status) + self._date
+            found = second.starts[status] = self._status_line(status) + second.date
         return found
 
     @staticmethod
@@ -3286,9 +3312,9 @@ class StatefulSession(Session):
         if not owes:
             self.end(True, reason, None)
 
-    def put(self, data: bytes, on_sent: Optional[OnSent] = None) -> bool:
-        """Queue raw bytes as `write` does, on the session's own thread by the fast path of Session.send."""
-        if get_ident() == self.thread and on_sent is None and len(data) <= SEND_INLINE + HEAD_KEPT_MAX + 512:
+    def put(self, data: bytes, on_sent: Optional[OnSent] = None, own: bool = False) -> bool:
+        """Queue raw bytes as `write` does, on the session's own thread (*own*: it is) by the fast path of Session.send."""
+        if (own or get_ident() == self.thread) and on_sent is None and len(data) <= SEND_INLINE + HEAD_KEPT_MAX + 512:
             out = self.out
             if not out:
                 if self.direct:
