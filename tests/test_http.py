@@ -598,6 +598,38 @@ def test_the_date_is_right_and_made_once_a_second():
     assert http._start(200) != b"old"
 
 
+@pytest.mark.parametrize("status, length", [(204, 0), (304, 0), (200, 2)])
+def test_answers_that_come_again_are_the_same(serve, status, length):
+    """What stands before a body is kept; the third answer of a kind is made of that, if it may be."""
+    server = serve(Http(), lambda session, request: session.send(Response(status, {"X": "y"}, b"ab")))
+    client = server.client()
+    answers = []
+    for _ in range(4):
+        client.sendall(GET)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += client.recv(1 << 16)
+        head, _, body = data.partition(b"\r\n\r\n")
+        answers.append((sorted(line for line in head.split(b"\r\n") if not line.startswith(b"Date")),
+                        body + read_exactly(client, length - len(body))))
+    assert answers == answers[:1] * 4
+    assert answers[0][1] == b"ab"[:length]
+    server.stop()
+    assert read_to_end(client) == b""                   # and no body where there must be none
+
+
+def test_what_is_kept_for_a_second_is_kept_no_longer(serve):
+    http = Http()
+    client = serve(http, lambda session, request: session.send(Response(200, {"X": "y"}, b"ab"))).client()
+    for _ in range(3):
+        client.sendall(GET)
+        assert response_of(client)[0] == 200
+    second = http._second = leviathan._Second(time.time() - 1)      # the same, as of the last second
+    second.prefixes[200, (("X", "y"),), 2] = b"HTTP/1.1 500 Stale\r\nContent-Length: 2\r\n\r\n"
+    client.sendall(GET)
+    assert response_of(client)[0] == 200 and http._second is not second
+
+
 def test_head_is_answered_without_a_body():
     head, body = answer(Response(200, None, b"hello"), GET.replace(b"GET", b"HEAD"))
     assert "Content-Length: 5\r\n" in head and body == b""
