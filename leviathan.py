@@ -3079,7 +3079,7 @@ class Session(Channel):
         # and its comparison take 33 ns, a lock 150; counting bytes here would be 29, framing.encode 176.
         if get_ident() == self.thread and on_sent is None:
             out = self.out
-            size = alike = len(packet)
+            size = len(packet)
             if size == self.alike and type(packet) is bytes:
                 if out:
                     # A reply as long as those before it: join() puts their header between them.
@@ -3087,20 +3087,21 @@ class Session(Channel):
                     if len(out) > CORK_MAX:
                         self.worker.flush_early(self)
                     return True
-                header = self.separator
-                data = header + packet
-            elif size < SEND_INLINE and self.pack is not None and type(packet) is bytes:
-                header = self.pack(size)
-                data = header + packet
+                data = self.separator + packet
             else:
-                chunks = self._encode(packet)
-                if len(chunks) > 1 or len(chunks[0]) > SEND_INLINE:
-                    return self._queue(chunks, None)
-                data = chunks[0]
-                alike, header = -1, b""
+                if size < SEND_INLINE and self.pack is not None and type(packet) is bytes:
+                    header = self.pack(size)
+                    data = header + packet
+                else:
+                    chunks = self._encode(packet)
+                    if len(chunks) > 1 or len(chunks[0]) > SEND_INLINE:
+                        return self._queue(chunks, None)
+                    data = chunks[0]
+                    size, header = -1, b""
+                if not out:
+                    self.alike = size
+                    self.separator = header
             if not out:
-                self.alike = alike
-                self.separator = header
                 if self.direct:
                     # The first reply to the only packet that came goes out from here, and the peer can go on while this
                     # thread tidies up: with one in flight 0.95 of uvloop's messages instead of 0.91. The rest is joined.

@@ -488,6 +488,10 @@ def _remove_stale(path: str) -> None:
 class Worker:
     """One thread, its epoll, and everything that only this thread may touch."""
 
+    __slots__ = ("engine", "core", "poller", "edge", "wakeup", "lock", "mail", "signalled", "stopped", "stopping", "streams",
+                 "others", "listeners", "sessions", "owned", "dirty", "doomed", "scratch", "now", "ident", "thread",
+                 "receives", "received", "sends", "sent", "accepted", "connected", "closed", "events", "turns")
+
     def __init__(self, engine: Engine, index: int) -> None:
         self.engine = engine
         self.core = engine.core
