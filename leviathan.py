@@ -3508,6 +3508,8 @@ class _Core:
     @staticmethod
     def on_connected(session: Session) -> None:
         """A session has come to its thread and begins."""
+        if isinstance(session, StatefulSession):        # before its connector tells anybody of it, who would send at once
+            _guarded(session, session.stateful.begin)
         if session.connector is not None and not session.connector._established(session):
             session.end(False, Reason.NORMAL, None)
             return
@@ -3516,8 +3518,6 @@ class _Core:
             session.end(True, communicator._closed_for, None)
             return
         session.opened = True
-        if isinstance(session, StatefulSession):
-            _guarded(session, session.stateful.begin)
         on_connect = communicator.on_connect
         if on_connect is not None:
             _guarded(session, on_connect)

@@ -1399,6 +1399,27 @@ def test_the_client_against_pythons_http_server(serve):
             thread.join()
 
 
+def test_a_session_that_was_waited_for_can_send(serve):
+    """Its framing has begun before anybody gets it; else a thread that is fast enough would be told False."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(Http):
+        def begin(self, session):
+            begun.set()
+            assert go.wait(DEADLINE)
+            super().begin(session)
+
+    responses = Log()
+    server = serve(Http(), lambda session, request: session.send(b"yes"))
+    client = serve(Slow("client"), lambda session, response: responses.add(response.body), listen=False)
+    connector = client.communicator.connect(*server.address)
+    assert begun.wait(DEADLINE)
+    assert connector.session is None and not connector.connected
+    go.set()
+    assert connector.wait(DEADLINE).send("/") is True
+    assert responses.wait() == [b"yes"]
+
+
 def test_both_ends_are_leviathan(serve):
     answers = Log()
     server = serve(Http(), echo)
