@@ -5,7 +5,7 @@
 LEVIATHAN_CROSS=1           a machine without Wine fails instead of skipping
 LEVIATHAN_CROSS_PYTHON      the server's Python, as wine.py names it (3.11); "3.13t" is free-threaded
 LEVIATHAN_CROSS_NATIVE=1    the same tests against the Linux engine: a test that fails there too is itself to blame
-LEVIATHAN_STRESS_SECONDS    how long test_stress presses (5)
+LEVIATHAN_STRESS_SECONDS    how long test_stress presses (3)
 
 After each test the server must be back where it was after the warm-up: no session, no buffer, no operation, nothing with
 the system but accepts, no more handles, threads and timers, nothing logged as an error. A test that fails costs the next
