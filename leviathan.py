@@ -1110,7 +1110,7 @@ class Http(StatefulFraming):
                         key = packet.status, (tuple(headers.items()) if type(headers) is dict else
                                               tuple(headers) if type(headers) is list else headers or ()), len(body)
                         # Found, it has been looked at already. With the thread asked for once and no more, this made
-                        # 2.68 of 2.47 times uvicorn's requests.
+                        # 2.68 instead of 2.47 times uvicorn's requests.
                         prefix = second.prefixes.get(key) or self._prefix(second, *key)
                     except TypeError:
                         prefix = b""        # it has a list in it, or what else is not hashable
