@@ -68,6 +68,7 @@ SEND_LIMIT = 1 << 24            # unsent bytes at which a peer that does not rea
 COPY_MAX = 1 << 16              # an unsent rest up to this is copied into a SendBuf, a larger one kept as it is
 GROW_MAX = 1 << 16              # a peer that fills its RecvBuf gets one twice as large, up to this
 CORK_MAX = 64                   # packets that one handler queues before the first of them leave
+HOSTS_KEPT = 1024               # peers' addresses of which all connections share one string
 RUN_MAX = 1024                  # runs of packets of one length are looked for up to this length
 SEND_INLINE = 1 << 14           # a larger packet is queued beside its header instead of being copied behind it
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
@@ -2217,7 +2218,7 @@ class Resp(StatefulFraming):
         Error replies are returned, as RespError. Raises ConnectionError when the connection is closed or ends meanwhile,
         and TimeoutError after *timeout* seconds.
         """
-        if any(worker.ident == get_ident() for worker in session.communicator.queue.engine.workers):
+        if session.communicator.queue._is_here():
             raise RuntimeError("a queue's own thread cannot wait for what it has to receive; use call")
         done = threading.Event()
         replies: List[Any] = []
@@ -3277,9 +3278,7 @@ class Session(Channel):
             self.communicator.queue.engine.run_on_owner(self, _guarded, self, self.communicator.on_backpressure, congested)
 
     def overflow(self) -> None:
-        """The hard limit of unsent bytes is reached."""
-        if self.reason is None:
-            _log().warning("%s does not read: %d bytes unsent; closing it", _address_text(self.peer), self.backlog)
+        """The hard limit of unsent bytes is reached. `on_closed` logs it: whoever sends may hold a lock here."""
         self.end(False, Reason.OVERFLOW, None)
 
 
@@ -3346,6 +3345,22 @@ def _unix_family() -> int:
     if not hasattr(socket, "AF_UNIX"):
         raise OSError(errno.EAFNOSUPPORT, "this system's Python has no unix sockets")
     return int(socket.AF_UNIX)
+
+
+_hosts: Dict[str, str] = {}         # {address: the same string}
+
+
+def _one_string(host: str) -> str:
+    """One string for all connections from *host*; of many hosts only some are remembered.
+
+    sys.intern would keep each for ever (Python 3.12, free-threaded builds), and a peer with IPv6 has 2**64 of them.
+    """
+    found = _hosts.get(host)
+    if found is None:
+        if len(_hosts) >= HOSTS_KEPT:
+            _hosts.clear()
+        found = _hosts.setdefault(host, host)
+    return found
 
 
 def _address_text(address: Any) -> str:
@@ -3502,7 +3517,7 @@ class _Core:
         """A connection came in: it goes to a thread of the queue that serves it (I6)."""
         communicator = listener.serve
         if isinstance(address, tuple):
-            address = (sys.intern(address[0]),) + address[1:2]      # one string for all connections from a host
+            address = (_one_string(address[0]),) + address[1:2]
         session = communicator._session(communicator, listener.reserved, Kind.CLIENT, address or listener.address)
         communicator.sessions._add(session)
         communicator.queue.engine.attach(session, sock, listener.client_thread)
@@ -3561,6 +3576,9 @@ class _Core:
     def on_closed(session: Session, error: Optional[BaseException]) -> None:
         """The last completion of a session: everything goes back, then its owner is told, once."""
         communicator = session.communicator
+        if session.reason is Reason.OVERFLOW:
+            _log().warning("%s does not read: over %d bytes unsent; closed it", _address_text(session.peer),
+                           session.send_limit)
         _give_back_partial(session)
         marks, session.marks = session.marks, None
         if marks is not None:
@@ -3584,6 +3602,7 @@ class _Core:
     def on_listener_failed(listener: Listener, error: OSError, pause: float) -> None:
         """accept() failed; with a *pause* in seconds it is tried again, without one the listener is closed."""
         if not pause:
+            listener.communicator._forget(listener)
             _log().error("%s failed and is closed: %s", listener, error)
         elif not listener.short:
             listener.short = True           # one line for one shortage, not one for every attempt
@@ -3650,9 +3669,10 @@ class EventQueue:
         if self.threads < 1:
             raise ValueError("threads is %r; a queue has 1 or more" % (threads,))
         self.name = name
-        self._lock = threading.Lock()       # guards _made and _stopped
-        self._made: Any = None
+        self._lock = threading.Lock()       # guards the rest
+        self._made: Any = None              # set once: who finds it need not ask again with the lock
         self._stopped = False
+        self._connectors: Set[Connector] = set()        # those that are not given up
 
     @property
     def engine(self) -> Any:
@@ -3660,30 +3680,39 @@ class EventQueue:
         if self._made is None:
             with self._lock:
                 if self._made is None:
-                    self._made = _engine.Engine(_Core, self.name, self.threads)
+                    made = _engine.Engine(_Core, self.name, self.threads)
+                    if self._stopped:
+                        made.stop()         # it refuses everything, like one that was used before
+                    self._made = made
         return self._made
 
     def start(self) -> None:
         """Start the threads. A second start does nothing; a stopped queue cannot be started: RuntimeError."""
-        if self._stopped:
-            raise RuntimeError("the queue has been stopped; make a new one")
+        with self._lock:
+            self._check()
         self.engine.start()
 
     def stop(self) -> None:
-        """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own."""
+        """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own.
+
+        Its Communicators listen and connect no more. Nothing is drained: that is what CommunicatorList.stop is for.
+        """
+        if self._is_here():
+            raise RuntimeError("a queue cannot be stopped from one of its own threads")
         with self._lock:
-            if self._stopped or self._made is None:
-                self._stopped = True
-                return
-        self._made.stop()
-        self._stopped = True
+            self._stopped = True
+            made, connectors = self._made, list(self._connectors)
+        for connector in connectors:
+            connector._give_up()            # who waits for it would wait for ever
+        if made is not None:
+            made.stop()
 
     def post(self, function: Callable[..., Any], *args: Any) -> bool:
         """Call function(*args) on whichever thread is idle, once. Any thread. False when the queue has stopped."""
-        return not self._stopped and bool(self.engine.post(_watched(function), *args))
+        return bool(self.engine.post(_watched(function), *args))
 
     def call_later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
-        """Call function(*args) in *seconds*. Returns a handle with `cancel()`."""
+        """Call function(*args) in *seconds*, unless the queue stops before. Returns a handle with `cancel()`."""
         return self.engine.call_later(max(0.0, seconds), 0.0, _watched(function), *args)
 
     def every(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
@@ -3695,6 +3724,25 @@ class EventQueue:
     def statistics(self) -> Dict[str, int]:
         """What its threads have done since the start: counters by name."""
         return dict(self.engine.statistics())
+
+    def _check(self) -> None:
+        """RuntimeError if it has been stopped. The lock is held."""
+        if self._stopped:
+            raise RuntimeError("the queue has been stopped; make a new one")
+
+    def _is_here(self) -> bool:
+        """This is one of its threads."""
+        made = self._made
+        return made is not None and bool(made.on_worker())
+
+    def _keep(self, connector: Connector) -> None:
+        with self._lock:
+            self._check()
+            self._connectors.add(connector)
+
+    def _forget(self, connector: Connector) -> None:
+        with self._lock:
+            self._connectors.discard(connector)
 
 
 SLOW_HANDLER = 0.1              # seconds: what LEVIATHAN_DEBUG reports
@@ -3791,6 +3839,7 @@ class Listener:
     def close(self) -> None:
         """Listen no more. The sessions it accepted go on."""
         self.closed = True
+        self.communicator._forget(self)
         self.communicator.queue.engine.unlisten(self)
 
 
@@ -3837,16 +3886,21 @@ class Communicator:
         self.high_water, self.low_water, self.send_limit = high_water, low_water, send_limit
         self.name, self.tag = name, tag
         self.sessions = ConnectionList()
-        self.listeners: List[Listener] = []
-        self.connectors: List[Connector] = []
+        self.listeners: List[Listener] = []     # those that are not closed
         self._received = _checked(framing.receiver(_watched(on_packet), _keep, _failed))
-        self._lock = threading.Lock()       # guards listeners, connectors, closing, _sweeper and _full
+        self._lock = threading.Lock()       # guards listeners, closing, _sweeper and _full
         self.closing = False
         self._closed_for = Reason.NORMAL    # why it is closing
         self._full = False                  # the limit was reported
         self._sweeper: Any = None
 
     # -- any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def connectors(self) -> List[Connector]:
+        """The outgoing connections that are there, are being made or will be made again."""
+        with self.queue._lock:
+            return [connector for connector in self.queue._connectors if connector.communicator is self]
 
     def listen(self, port: int = 0, host: str = DEFAULT_HOST, *, unix: str = "", backlog: int = 1024,
                thread: Optional[int] = None, client_thread: Optional[int] = None,
@@ -3890,6 +3944,7 @@ class Communicator:
         *timeout*: seconds for resolving and connecting. *reconnect*: True, or (first, longest) pause in seconds between
         attempts; it doubles each time, with jitter, and starts again after a success. *on_failure(connector, error)* is
         told of each attempt that failed. *unix*: a unix socket's path instead of host and port; OSError where there are none.
+        Raises RuntimeError when the Communicator is closed or its queue has stopped.
         """
         if unix:
             _unix_family()
@@ -3897,7 +3952,7 @@ class Communicator:
         with self._lock:
             if self.closing:
                 raise RuntimeError("the Communicator is closed")
-            self.connectors.append(connector)
+            self.queue._keep(connector)
         self._watch_time()
         self.queue.post(connector._attempt)
         return connector
@@ -3922,17 +3977,22 @@ class Communicator:
             self._closed_for = reason
             self.closing = True
             listeners, self.listeners = self.listeners, []
-            connectors, self.connectors = self.connectors, []
             sweeper, self._sweeper = self._sweeper, None
         if sweeper is not None:
             sweeper.cancel()
         for listener in listeners:
             listener.close()
-        for connector in connectors:
+        for connector in self.connectors:
             connector._give_up()
         for session in self.sessions:
             session.leave(reason)
         _closings.check()
+
+    def _forget(self, listener: Listener) -> None:
+        """It listens no more."""
+        with self._lock:
+            if listener in self.listeners:
+                self.listeners.remove(listener)
 
     def _closed(self) -> bool:
         """True when nothing of it is left."""
@@ -3944,12 +4004,14 @@ class Communicator:
         limit = self.max_clients
         if listener is not None:
             with sessions._lock:
-                if limit is not None and sessions._clients >= limit or self.closing:
-                    if listener not in sessions._waiting:
-                        sessions._waiting.append(listener)
-                    self._report_full(limit)
-                    return None
-                sessions._clients += 1
+                full = limit is not None and sessions._clients >= limit or self.closing
+                if not full:
+                    sessions._clients += 1
+                elif listener not in sessions._waiting:
+                    sessions._waiting.append(listener)
+            if full:
+                self._report_full(limit)
+                return None
         index = self.manager.take_slot(listener)
         if index is None and listener is not None:
             with sessions._lock:
@@ -3958,8 +4020,9 @@ class Communicator:
         return index
 
     def _report_full(self, limit: Optional[int]) -> None:
-        if not self._full and not self.closing:
-            self._full = True
+        with self._lock:
+            known, self._full = self._full or self.closing, True
+        if not known:
             _log().warning("%s has reached its connection limit (%s), no longer accepting new connections",
                            self.name, limit)
 
@@ -3971,7 +4034,8 @@ class Communicator:
             if client:
                 sessions._clients -= 1
             waiting, sessions._waiting = sessions._waiting, []
-        self._full = False
+        with self._lock:
+            self._full = False
         for listener in waiting:
             listener.rearm()
         if self.closing:
@@ -4071,6 +4135,7 @@ class Connector:
             self._gone = True
             timer, dialling = self._timer, self._dialling
             self._changed.notify_all()
+        self.communicator.queue._forget(self)
         if timer is not None:
             timer.cancel()
         if dialling is not None:
@@ -4199,14 +4264,13 @@ class Connector:
 
     def _again(self) -> None:
         """Plan the next attempt, if there is to be one."""
+        if not self.reconnect:
+            self._give_up()
+            return
+        import random                       # 1 ms, for those who reconnect
         with self._changed:
             if self._gone:
                 return
-            if not self.reconnect:
-                self._gone = True
-                self._changed.notify_all()
-                return
-            import random                   # 1 ms, for those who reconnect
             pause = self._pause * random.uniform(0.5, 1.0)      # jitter: a thousand clients must not come at once
             self._pause = min(self._pause * 2, self.longest)
             self._timer = self.communicator.queue.call_later(pause, self._attempt)
@@ -4345,8 +4409,7 @@ class CommunicatorList:
 
         Idle clients do not hold it. True if nothing had to be aborted. RuntimeError on a queue's own thread.
         """
-        if any(thread.name.startswith(queue.name + "-") and thread.ident == get_ident()
-               for queue in self._queues for thread in threading.enumerate()):
+        if any(queue._is_here() for queue in self._queues):
             raise RuntimeError("a list cannot be stopped from a thread of its queues; close its Communicators instead")
         for communicator in self._communicators:
             communicator._close(Reason.SHUTDOWN)

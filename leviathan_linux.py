@@ -267,7 +267,7 @@ class Engine:
 
         Raises RuntimeError when called from a worker, which cannot wait for itself.
         """
-        if any(worker.ident == threading.get_ident() for worker in self.workers):
+        if self.on_worker():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
         with self.lock:
             first, self.stopped = not self.stopped, True        # from here on `post` answers False
@@ -287,7 +287,8 @@ class Engine:
 
     def statistics(self) -> Dict[str, int]:
         """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""
-        total = {"threads": len(self.workers), "sessions": 0, "timers": len(self.timers) - self.cancelled}
+        with self.lock:
+            total = {"threads": len(self.workers), "sessions": 0, "timers": len(self.timers) - self.cancelled}
         for worker in self.workers:
             total["sessions"] += worker.sessions
             for key, value in worker.counters().items():
@@ -388,6 +389,10 @@ class Engine:
         worker = listener.worker
         if not worker.post(worker.close_listener, listener):
             worker.close_listener(listener)
+
+    def on_worker(self) -> bool:
+        """True on one of its threads, which cannot wait for themselves."""
+        return any(worker.ident == threading.get_ident() for worker in self.workers)
 
     def owns(self, session: Any) -> bool:
         """True on the thread that owns *session*."""

@@ -439,7 +439,7 @@ class Engine:
 
         Raises RuntimeError when called from a worker, which cannot wait for itself.
         """
-        if any(worker.ident == threading.get_ident() for worker in self.workers):
+        if self.on_worker():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
         with self.lock:
             first, self.stopped = not self.stopped, True        # from here on `post` answers False
@@ -582,6 +582,10 @@ class Engine:
         worker = listener.worker
         if not self.run_on_owner(listener, worker.close_listener, listener):
             worker.close_listener(listener)
+
+    def on_worker(self) -> bool:
+        """True on one of its threads, which cannot wait for themselves."""
+        return any(worker.ident == threading.get_ident() for worker in self.workers)
 
     def owns(self, session: Any) -> bool:
         """True on the thread that owns *session*."""

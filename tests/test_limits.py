@@ -1,4 +1,5 @@
 """Limits: connections, descriptors, time, unsent bytes, memory (A2, B4; RULES: epoll 4, servers 1 to 3)."""
+import logging
 import os
 import socket
 import struct
@@ -65,6 +66,33 @@ def test_the_limit_is_logged_once_while_it_stands(serve, caplog):
     eventually(lambda: lines_of(caplog))
     assert len(lines_of(caplog)) == 1
     assert others
+
+
+class Telling(logging.Handler):
+    """A log handler that uses leviathan, to send lines to somebody for example: no lock may be held when it is called."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.told = function, Log()
+
+    def emit(self, record):
+        self.function()
+        self.told.add(record.getMessage())
+
+    def __enter__(self):
+        logging.getLogger("leviathan").addHandler(self)
+        return self
+
+    def __exit__(self, *unused):
+        logging.getLogger("leviathan").removeHandler(self)
+
+
+def test_a_log_handler_may_look_at_the_connections_when_it_is_told_of_the_limit(serve):
+    server = serve(max_clients=1)
+    with Telling(lambda: list(server.communicator.sessions)) as handler:
+        first = server.client()
+        assert "limit" in handler.told.wait()[0]
+        assert serves(first)
 
 
 def test_two_communicators_share_one_session_limit(serve, harness):
@@ -321,6 +349,23 @@ def test_hard_limit_ends_with_overflow(serve, caplog, where):
     assert serves(server.client())
     lines = [line for line in lines_of(caplog) if peer_text(client) in line]
     assert len(lines) == 1 and "does not read" in lines[0]
+
+
+@pytest.mark.parametrize("framing", [LengthPrefix(4), leviathan.Resp("client")], ids=["stateless", "stateful"])
+def test_a_log_handler_may_send_to_the_very_session_that_overflows(serve, framing):
+    """It is told when nothing is locked and the session refuses: no deadlock, and no line about the line."""
+    packet = [b"SET", b"key", b"x" * 10000] if isinstance(framing, leviathan.Resp) else b"x" * 10000
+    server = serve(framing, send_limit=1 << 18)
+    _, session = server.pair()
+
+    def flood():
+        while session.send(packet):
+            pass
+
+    with Telling(flood) as handler:
+        server.queue.post(flood)
+        server.ended.wait()
+        assert len([line for line in handler.told.items if "does not read" in line]) == 1
 
 
 def test_one_packet_over_the_hard_limit_is_let_through(serve):

@@ -728,6 +728,13 @@ def test_finish_then_close(serve):
 
 # -- listeners --------------------------------------------------------------------------------------------------------
 
+def test_a_closed_listener_is_forgotten(serve):
+    server = serve()
+    for _ in range(3):
+        server.communicator.listen(0).close()
+    assert server.communicator.listeners == [server.listener]
+
+
 def test_several_listeners_of_one_communicator(serve, harness):
     """A5: several ports per Communicator; closing one leaves the others and its sessions."""
     server = serve()
@@ -1060,6 +1067,32 @@ def test_a_raising_on_failure_costs_nothing(serve):
     calls.wait(3)
 
 
+def test_outgoing_connections_that_are_over_are_forgotten(serve):
+    """A proxy makes one for each of its clients: kept for ever, they would fill the memory."""
+    server = serve()
+    client = serve(listen=False)
+    kept = client.communicator.connect(*server.address, reconnect=True)
+    kept.wait(DEADLINE)
+    for _ in range(3):
+        client.communicator.connect(*server.address).wait(DEADLINE).close()         # ends
+        client.communicator.connect(*server.address, reconnect=True).close()        # is given up
+        with pytest.raises(ConnectionError):
+            client.communicator.connect("127.0.0.1", free_port()).wait(DEADLINE)    # fails
+    eventually(lambda: client.communicator.connectors == [kept])
+    client.communicator.close()
+    assert client.communicator.connectors == []
+
+
+def test_connections_from_one_host_share_its_name_and_few_names_are_kept(serve):
+    """An idle session is small; and a peer with more addresses than there is memory fills none."""
+    server = serve()
+    sessions = [server.pair()[1] for _ in range(2)]
+    assert sessions[0].peer[0] is sessions[1].peer[0]
+    for number in range(3 * leviathan.HOSTS_KEPT):
+        assert leviathan._one_string("2001:db8::%x" % number) == "2001:db8::%x" % number
+    assert len(leviathan._hosts) <= leviathan.HOSTS_KEPT
+
+
 # -- roles and threads ------------------------------------------------------------------------------------------------
 
 def test_serve_hands_accepted_sessions_to_another_communicator(serve, harness):
@@ -1323,6 +1356,45 @@ def test_a_queue_is_started_once_and_stopped_from_outside(harness):
         leviathan.EventQueue(0)
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_stopped_queue_refuses_everything(harness, used):
+    """Nothing that it cannot do any more is answered with a yes, whether it has ever done anything or not."""
+    queue = harness.queue(1)
+    if used:
+        queue.start()
+    queue.stop()
+    assert queue.post(print) is False
+    queue.call_later(0, print).cancel()
+    server = Communicator(LengthPrefix(4), lambda session, packet: None, queue=queue, manager=harness.manager())
+    with pytest.raises(OSError):
+        server.listen(0)
+    with pytest.raises(RuntimeError):
+        server.connect("127.0.0.1", 1)
+    with pytest.raises(RuntimeError):
+        queue.start()
+    assert (server.listeners, server.connectors) == ([], [])
+
+
+def test_who_waits_for_a_connection_is_told_when_the_queue_stops(serve):
+    client = serve(listen=False)
+    failures, told = Log(), Log()
+    connector = client.communicator.connect("127.0.0.1", free_port(), reconnect=(60.0, 60.0),
+                                            on_failure=lambda connector, error: failures.add(error))
+    failures.wait()
+
+    def wait():
+        try:
+            connector.wait()
+        except ConnectionError as error:
+            told.add(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    client.queue.stop()
+    told.wait()
+    waiting.join(DEADLINE)
+
+
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 def test_stop_drains_eight_mebibytes_to_a_slow_reader(serve):
@@ -1427,6 +1499,16 @@ def test_stop_on_a_threads_own_queue_is_refused(serve):
     client.sendall(frame(b"x"))
     assert read_frame(client) == b"alive"
     assert len(problems) == 1
+
+
+def test_a_stop_may_come_from_a_thread_that_is_named_like_a_queue(serve, harness):
+    """Whose thread it is says the thread, not its name."""
+    server = serve(queue=harness.queue(1, name="leviathan-named"))
+    stopped = Log()
+    thread = threading.Thread(target=lambda: stopped.add(server.stop()), name="leviathan-named-0")
+    thread.start()
+    assert stopped.wait() == [True]
+    thread.join(DEADLINE)
 
 
 def test_several_protocols_in_one_process(harness):
