@@ -90,9 +90,11 @@ class Telling(logging.Handler):
 def test_a_log_handler_may_look_at_the_connections_when_it_is_told_of_the_limit(serve):
     server = serve(max_clients=1)
     with Telling(lambda: list(server.communicator.sessions)) as handler:
-        first = server.client()
+        first, second = server.client(), server.client()
         assert "limit" in handler.told.wait()[0]
         assert serves(first)
+        first.close()
+        assert serves(second)
 
 
 def test_two_communicators_share_one_session_limit(serve, harness):
