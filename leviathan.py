@@ -2786,7 +2786,7 @@ class SessionManager:
     *max_sessions*: how many sessions may exist at once, of all Communicators together. *recv_buffer*: bytes of the first
     RecvBuf of a packet whose length is not known yet. *classes*: {size in bytes: how many to make at once}, sizes being
     powers of two from 4 bytes to 2 MiB. *send_operations*: operations kept for use again, per session.
-    *memory_limit*: bytes of all leased buffers; at the limit receiving waits until some come back. Raises ValueError.
+    *memory_limit*: bytes of all buffers; when so many are leased, receiving waits until some come back. Raises ValueError.
     """
 
     def __init__(self, max_sessions: int = 10000, recv_buffer: int = RECV_BUFFER,
@@ -2804,6 +2804,7 @@ class SessionManager:
         self._leased = dict.fromkeys(_ARRAYS, 0)
         self._peak = dict.fromkeys(_ARRAYS, 0)
         self._memory = 0                    # bytes leased
+        self._kept = 0                      # bytes of free buffers; both together stay below the limit
         self._waiting: Deque[Session] = deque()         # sessions that need a RecvBuf at the limit
         self._operations: List[Operation] = []          # free ones
         self._operations_leased = 0
@@ -2813,11 +2814,15 @@ class SessionManager:
         self._next_index = 0
         self._listeners: Deque[Listener] = deque()      # they wait for a free slot
         for size, count in (classes or {}).items():
-            power = _power(size)
-            if size != 1 << power or power > LARGEST_POOLED:
+            if size != 1 << _power(size) or _power(size) not in self._free:
                 raise ValueError("there is no buffer class of %r bytes" % (size,))
-            self._free[power].extend(Buffer(power, True) for _ in range(count))
-            self._made[power] += count
+            self._kept += size * count
+        if memory_limit < max(recv_buffer, self._kept):
+            raise ValueError("memory_limit is %d; a RecvBuf has %d bytes, and the buffers to be made at once have %d"
+                             % (memory_limit, recv_buffer, self._kept))
+        for size, count in (classes or {}).items():
+            self._free[_power(size)] += [Buffer(_power(size), True) for _ in range(count)]
+            self._made[_power(size)] = count
 
     def lease(self, size: int) -> Optional[Buffer]:
         """A buffer of at least *size* bytes, or None when the memory limit is reached just now.
@@ -2841,9 +2846,24 @@ class SessionManager:
             self._peak[power] = leased
         free = self._free.get(power)
         if free:
+            self._kept -= 1 << power
             return free.pop()
         self._made[power] += 1
+        if self._memory + self._kept > self.memory_limit:
+            self._trim()
         return None
+
+    def _trim(self) -> None:
+        """Give free buffers back to the system, the largest first, until all together are within the limit again.
+
+        Else a peer that has many of one size made, then many of the next, would have the limit for each. The lock is held.
+        """
+        for power in reversed(range(SMALLEST_CLASS, LARGEST_POOLED + 1)):
+            free = self._free[power]
+            while free and self._memory + self._kept > self.memory_limit:
+                free.pop()
+                self._made[power] -= 1
+                self._kept -= 1 << power
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a leased buffer. Who waits for memory is told."""
@@ -2858,6 +2878,7 @@ class SessionManager:
             self._memory -= buffer.size
             if buffer.power in self._free:
                 self._free[buffer.power].append(buffer)
+                self._kept += buffer.size
             else:
                 self._made[buffer.power] -= 1           # as large as this it goes back to the system
             waiting, self._waiting = self._waiting, deque()
@@ -2928,12 +2949,15 @@ class SessionManager:
             listener.rearm()
 
     def statistics(self) -> Dict[str, Any]:
-        """Counts now: sessions, operations, and by class in bytes what was made, is leased, is free, and the high water."""
+        """Counts now: sessions, operations, and by class in bytes what was made, is leased, is free, and the high water.
+
+        `memory` is the bytes that are leased, `kept` those that are free.
+        """
         with self._lock:
             return {
                 "sessions": self._sessions, "sessions_high": self._sessions_peak, "max_sessions": self.max_sessions,
-                "operations": self._operations_leased, "memory": self._memory, "memory_limit": self.memory_limit,
-                "waiting": len(self._waiting), "leased": sum(self._leased.values()),
+                "operations": self._operations_leased, "memory": self._memory, "kept": self._kept,
+                "memory_limit": self.memory_limit, "waiting": len(self._waiting), "leased": sum(self._leased.values()),
                 "classes": {1 << power: {"made": made, "leased": self._leased[power], "high": self._peak[power],
                                          "free": len(self._free.get(power, ()))}
                             for power, made in self._made.items() if made or self._peak[power]}}
@@ -4492,19 +4516,26 @@ class _Wrong(Exception):
 
 def _number(least: int, most: int) -> Callable[[str], int]:
     def cast(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+        if not _is_number(text) or not least <= int(text) <= most:
             raise _Wrong("a whole number from %d to %d" % (least, most))
         return int(text)
     return cast
 
 
-def _size(text: str) -> int:
+def _is_number(text: str) -> bool:
+    """Digits, and not so many that int() refuses them."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _size(least: int, most: int) -> Callable[[str], int]:
     """4096, 4k, 2m."""
-    unit = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if unit > 1 else text
-    if not digits.isascii() or not digits.isdigit() or not int(digits):
-        raise _Wrong("a size in bytes, with k, m or g if you like: 4096, 4k, 2m")
-    return int(digits) * unit
+    def cast(text: str) -> int:
+        unit = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(text[-1:].lower(), 1)
+        digits = text[:-1] if unit > 1 else text
+        if not _is_number(digits) or not least <= int(digits) * unit <= most:
+            raise _Wrong("%d to %d bytes, with k, m or g if you like: 4096, 4k, 2m" % (least, most))
+        return int(digits) * unit
+    return cast
 
 
 def _seconds(text: str) -> float:
@@ -4550,7 +4581,7 @@ def _endpoint(text: str) -> Tuple[str, Any]:
     host, colon, port = text.rpartition(":")
     if not colon:
         host, port = DEFAULT_HOST, text
-    if not port.isascii() or not port.isdigit() or int(port) > 65535 or ":" in host and host[:1] + host[-1:] != "[]":
+    if not _is_number(port) or int(port) > 65535 or ":" in host and host[:1] + host[-1:] != "[]":
         raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 0 to 65535")
     return "tcp", (host.strip("[]"), int(port))
 
@@ -4563,7 +4594,7 @@ def _reference(text: str) -> Any:
     """The object that `module:name` names."""
     import importlib
     module, colon, name = text.partition(":")
-    if not colon or not module or not name:
+    if not colon or not module or not name or module.startswith("."):
         raise _Wrong("module:function")
     try:
         found: Any = sys.modules[__name__] if module == "leviathan" else importlib.import_module(module)
@@ -4577,7 +4608,7 @@ def _reference(text: str) -> Any:
 
 
 def _section_name(text: str) -> str:
-    if text.upper() != "HEADER" and not (text.upper().startswith("HEADER_") and text[7:].isdigit()):
+    if text.upper() != "HEADER" and not (text.upper().startswith("HEADER_") and _is_number(text[7:])):
         raise _Wrong("HEADER or HEADER_n")
     return text.upper()
 
@@ -4596,9 +4627,10 @@ _CLASS_NAMES = {("%d" % (1 << power) if power < 10 else "%dk" % (1 << power - 10
 
 _SETTINGS = (
     _Setting("SESSION", "SESSION_MAX", _number(1, 10000000), "10000", "sessions at once, of all Communicators together"),
-    _Setting("SESSION", "RECV_BUF_SIZE", _size, "4k", "first receive buffer of a packet whose length is not known yet"),
+    _Setting("SESSION", "RECV_BUF_SIZE", _size(4, 1 << LARGEST_POOLED), "4k",
+             "first receive buffer of a packet whose length is not known yet"),
     _Setting("SESSION", "NR_SEND_SOCKETDATA", _number(1, 1024), "1", "send operations kept for use again, per session"),
-    _Setting("SESSION", "MEMORY_LIMIT", _size, "1g", "all leased buffers together; at the limit receiving waits"),
+    _Setting("SESSION", "MEMORY_LIMIT", _size(4, 1 << 50), "1g", "all buffers together; at the limit receiving waits"),
 ) + tuple(
     _Setting("MPOOL", "IDX_BUF_" + name, _number(0, 1000000), "0", "buffers of %s bytes made at the start" % size)
     for name, size in _CLASS_NAMES.items()
@@ -4611,7 +4643,7 @@ _SETTINGS = (
     _Setting("HEADER_n", "BYTE_ORDER", _choice("big", "little"), "big", "number: byte order of the length"),
     _Setting("HEADER_n", "SIZE_END_CHAR", _character, ",", "text: the character after the digits"),
     _Setting("HEADER_n", "DELIMITER", _bytes_of, r"\r\n", "delimiter: what ends a packet"),
-    _Setting("HEADER_n", "MAX_PACKET", _size, "2m",
+    _Setting("HEADER_n", "MAX_PACKET", _size(1, 1 << LARGEST_CLASS), "2m",
              "longest packet with its header, http: longest body; a longer one closes the session"),
     _Setting("HEADER_n", "ROLE", _choice("server", "client"), "server",
              "http, resp: a server gets requests, a client gets the answers to its own"),
@@ -4639,7 +4671,7 @@ def _table_section(name: str) -> Tuple[str, Optional[int]]:
     base, _, number = name.strip().upper().partition("_")
     base = _SECTION_ALIASES.get(base, base)
     if number:
-        if base in ("IOCP", "HEADER", "COMUNICATOR") and number.isascii() and number.isdigit():
+        if base in ("IOCP", "HEADER", "COMUNICATOR") and _is_number(number):
             return base + "_n", int(number)
         return "", None
     return (base, None) if base in ("SESSION", "MPOOL", "IOCP", "HEADER", "COMUNICATOR") else ("", None)
@@ -4765,10 +4797,13 @@ def _no_handler(session: Session, packet: Any) -> None:
 
 def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> CommunicatorList:
     """Make what the INI describes; listen and connect too, unless *bind* is False."""
-    manager = SessionManager(
-        ini.get("SESSION", None, "SESSION_MAX"), ini.get("SESSION", None, "RECV_BUF_SIZE"),
-        {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()},
-        ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), ini.get("SESSION", None, "MEMORY_LIMIT"))
+    try:
+        manager = SessionManager(
+            ini.get("SESSION", None, "SESSION_MAX"), ini.get("SESSION", None, "RECV_BUF_SIZE"),
+            {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()},
+            ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), ini.get("SESSION", None, "MEMORY_LIMIT"))
+    except ValueError as error:             # each value is right by itself: the table has seen to that
+        raise ini.wrong("SESSION", None, "MEMORY_LIMIT", str(error)) from error
     queues: Dict[int, EventQueue] = {}
 
     def queue_of(number: int, key: str) -> Optional[EventQueue]:

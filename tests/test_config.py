@@ -140,6 +140,10 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[SESSION]\nSESSION_MAX = 0\n", ["SESSION_MAX=0", "from 1"]),
     ("[SESSION]\nSESSION_MAX = 1_0\n", ["SESSION_MAX=1_0"]),
     ("[SESSION]\nRECV_BUF_SIZE = 4q\n", ["RECV_BUF_SIZE=4q", "4k"]),
+    ("[SESSION]\nRECV_BUF_SIZE = 3\n", ["RECV_BUF_SIZE=3", "4 to 2097152 bytes"]),
+    ("[SESSION]\nRECV_BUF_SIZE = 3m\n", ["RECV_BUF_SIZE=3m", "4 to 2097152 bytes"]),
+    ("[SESSION]\nMEMORY_LIMIT = 1k\n", ["MEMORY_LIMIT=1k", "a RecvBuf has 4096"]),
+    ("[MPOOL]\nIDX_BUF_2m = 1000\n", ["[SESSION] MEMORY_LIMIT", "1073741824", "2097152000"]),
     ("[SESSION]\nSESSIN_MAX = 4\n", ["SESSIN_MAX", "did you mean SESSION_MAX"]),
     ("[MPOOL]\nIDX_BUF_3 = 4\n", ["IDX_BUF_3", "IDX_BUF_2m"]),
     ("[IOCP_0]\nTHR_COUNT = -1\n", ["[IOCP_0]", "THR_COUNT=-1"]),
@@ -148,6 +152,7 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[HEADER]\nSIZE_END_CHAR = 5\n[COMUNICATOR_0]\n", ["SIZE_END_CHAR=5", "no digit"]),
     ("[HEADER]\nTYPE = function\n[COMUNICATOR_0]\n", ["FUNCTION", "module:function"]),
     ("[COMUNICATOR_0]\nHANDLER = nowhere:nothing\n", ["HANDLER=nowhere:nothing", "nowhere"]),
+    ("[COMUNICATOR_0]\nHANDLER = ..:nothing\n", ["HANDLER=..:nothing", "module:function"]),
     ("[COMUNICATOR_0]\nHANDLER = leviathan:__version__\n", ["HANDLER", "no function"]),
     ("[COMUNICATOR_0]\nLISTEN = 127.0.0.1:99999\n", ["LISTEN=127.0.0.1:99999", "0 to 65535"]),
     ("[COMUNICATOR_0]\nLISTEN = ::1:5\n", ["LISTEN", "[IPv6 address]:port"]),
@@ -162,6 +167,26 @@ def test_a_wrong_value_says_file_section_key_value_and_what_is_allowed(tmp_path,
     for word in words:
         assert word in str(error), str(error)
     assert "\n" not in str(error) and error.section and error.key
+
+
+ODD = ("0", "-1", "3", "1000000000", "9" * 30, "9" * 5000, "1.5", "nan", "1_0", "0x10", "\u0665", "3g", "k", "x", "#", "\\x",
+       "\\", "\u20ac", "%(x)s", ",", ":", "a:b:80", "[::1:80", "unix:", "HEADER_\u0661", "HEADER_" + "9" * 5000, "leviathan:",
+       "..:x")
+
+
+@pytest.mark.parametrize("row", leviathan._SETTINGS, ids=lambda row: row.section + "-" + row.key)
+def test_no_value_of_any_setting_is_a_traceback(row):
+    """It can be used, or it is a ConfigError that names the key; of whichever type the framing is."""
+    for kind in ("number", "text", "delimiter", "fixed", "http", "resp") if row.section == "HEADER_n" else ("number",):
+        for value in ODD:
+            sections = {"COMUNICATOR_0": "HEADER = HEADER_0\n", "HEADER_0": "TYPE = %s\n" % kind}
+            name = row.section.replace("_n", "_0")
+            sections[name] = sections.get(name, "") + "%s = %s\n" % (row.key, value)
+            text = "".join("[%s]\n%s" % pair for pair in sections.items())
+            try:
+                leviathan._build(leviathan._read_ini("x.ini", text), {}, False)
+            except leviathan.ConfigError as error:
+                assert error.file == "x.ini" and error.key in (row.key, "MEMORY_LIMIT", "COUNT", "MAX_PACKET"), error
 
 
 def test_no_section_at_all_is_one_line(tmp_path):

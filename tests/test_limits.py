@@ -544,7 +544,27 @@ def test_lease_at_and_over_the_limit(harness):
     manager.give_back(first)
 
 
+def test_buffers_of_all_classes_together_stay_within_the_limit(harness):
+    """Also those that nobody uses now: else who has many of each size made, one size after the other, gets 20 limits."""
+    limit = 1 << 20
+    manager = harness.manager(memory_limit=limit, classes={512: 8})
+    for power in list(range(12, 21)) + [12]:
+        leased = [manager.lease(1 << power) for _ in range(limit >> power)]
+        assert None not in leased and manager.lease(1) is None
+        for buffer in leased:
+            manager.give_back(buffer)
+        counts = manager.statistics()
+        made = {size: row["made"] for size, row in counts["classes"].items() if row["made"]}
+        assert made == {1 << power: limit >> power}
+        assert (counts["memory"], counts["kept"]) == (0, limit)
+    first = manager.lease(1 << 19)
+    assert manager.statistics()["kept"] == limit - (1 << 19)
+    assert manager.statistics()["classes"][1 << 12]["free"] == 128, "no more is given up than must be"
+    manager.give_back(first)
+
+
 @pytest.mark.parametrize("settings", [
+    {"memory_limit": 4095}, {"memory_limit": 1 << 20, "classes": {1 << 19: 3}},
     {"max_sessions": 0}, {"recv_buffer": 3}, {"recv_buffer": 1 << 22}, {"classes": {5: 1}}, {"classes": {1 << 22: 1}},
     {"classes": {2: 1}}, {"send_operations": 0}], ids=str)
 def test_senseless_pool_settings_raise_value_error(settings):
