@@ -1,5 +1,6 @@
 """Many threads at once on one and on three event threads (A7, I3, I4, E2): nothing lost or twice, all in order."""
 import random
+import socket
 import struct
 import sys
 import threading
@@ -7,7 +8,7 @@ import threading
 import pytest
 
 import leviathan
-from conftest import DEADLINE, Log, eventually, frame, read_frame
+from conftest import DEADLINE, Log, eventually, frame, read_exactly, read_frame, read_to_end
 from leviathan import Raw, Reason
 
 SENDERS = 6
@@ -449,3 +450,75 @@ def test_a_later_send_of_the_owner_does_not_overtake_a_foreign_one(serve, thread
     assert session.send(b"first")
     sent.set()
     assert [read_frame(client) for _ in range(3)] == [b"first", b"second", b"third"]
+
+
+def pieces(rng, size):
+    """Cut *size* bytes into pieces as networks do: single bytes, parts of a header, more than a read takes."""
+    at = 0
+    while at < size:
+        step = rng.choice((1, 3, 4, 5, 500, 4096, 70000, 300000))
+        yield at, min(size, at + step)
+        at += step
+
+
+@threads_of_the_queue
+def test_clients_and_handlers_that_do_anything(serve, harness, threads):
+    """Whatever is drawn, each client gets its own bytes back, all and in order, and each on_sent is called once."""
+    helper = harness.queue(1)
+    helper.start()
+    asked, told = Log(), Log()
+
+    def on_packet(session, packet):
+        way = random.randrange(6)
+        if way == 0:
+            session.send(packet, on_sent=told.add)
+            asked.add(session)
+        elif way == 1:                      # in pieces, past the framing
+            session.write(struct.pack(">I", len(packet)))
+            session.write(packet)
+        else:
+            session.send(packet)
+        if way == 2:
+            session.pause()
+            session.resume()
+        elif way == 3:
+            session.pause()
+            helper.call_later(0.001, session.resume)
+        elif way == 4:
+            session.pause()
+            server.queue.post(session.resume)
+
+    # So little memory that receiving waits for some, too.
+    server = serve(on_packet=on_packet, threads=threads, send_limit=1 << 26, on_eof=lambda session: session.close(),
+                   manager=harness.manager(memory_limit=1 << 20))
+
+    def visit(seed):
+        rng = random.Random(seed)
+        for _ in range(30):
+            sizes = [rng.choice((0, 1, 64, 64, 64, 64, 4092, 16384, 65533, 262140, 400000))
+                     for _ in range(rng.randint(1, 20))]
+            sent = b"".join(frame(bytes([rng.randrange(256)]) * size) for size in sizes)
+            client = harness.connect(server.listener)
+            halves = rng.random() < 0.5
+
+            def feed():
+                for start, stop in pieces(rng, len(sent)):
+                    client.sendall(sent[start:stop])
+                if halves:                  # its end must not overtake what it is owed
+                    client.shutdown(socket.SHUT_WR)
+
+            feeder = Crowd()
+            feeder.add(feed)
+            feeder.start()
+            assert read_exactly(client, len(sent)) == sent
+            feeder.join()
+            assert not halves or read_to_end(client) == b""
+            client.close()
+
+    crowd = Crowd()
+    for seed in range(6):
+        crowd.add(visit, 10 * seed + threads)
+    crowd.start().join()
+    told.wait(len(asked))
+    eventually(lambda: server.manager.statistics()["sessions"] == 0)
+    assert all(ok for _, ok in told.items) and len(told) == len(asked)
