@@ -196,10 +196,11 @@ class Server:
 
     def pair(self, **options):
         """(client's socket, the server's session for it)."""
+        before = len(self.connected)        # among these may be one of the same port: the system gives it again
         client = self.client(**options)
         name = client.getsockname()[:2]
-        return client, eventually(lambda: next((session for session in self.connected.wait() if session.peer == name),
-                                               None))
+        return client, eventually(lambda: next((session for session in self.connected.wait(before + 1)[before:]
+                                                if session.peer == name), None))
 
     def stop(self, timeout=leviathan.STOP_TIMEOUT):
         return self.list.stop(timeout)
