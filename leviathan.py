@@ -3492,6 +3492,19 @@ def _give_back_partial(session: Session) -> None:
     session.since = 0.0
 
 
+def _is_to_itself(sock: Any) -> bool:
+    """True when both ends of a connection are the same socket.
+
+    TCP allows it (RFC 9293, 3.5, simultaneous open), and the system does it once in some 28,000 attempts to reach a port
+    of this machine at which nobody listens, by giving that very port to the client: what waits for a server that is
+    being restarted would talk to itself, and hold the port that the server wants.
+    """
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:                     # it is broken already; its first receive tells how
+        return False
+
+
 class _Core:
     """What the engines get: the completions of the contract, and what they must ask."""
 
@@ -3549,6 +3562,10 @@ class _Core:
     @staticmethod
     def on_connected(session: Session) -> None:
         """A session has come to its thread and begins."""
+        if session.connector is not None and _is_to_itself(session.socket):
+            session.end(False, Reason.ERROR, ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there; it was "
+                                                                    "connected to itself"))
+            return
         if isinstance(session, StatefulSession):        # before its connector tells anybody of it, who would send at once
             _guarded(session, session.stateful.begin)
         if session.connector is not None and not session.connector._established(session):
@@ -3968,6 +3985,7 @@ class Communicator:
         *timeout*: seconds for resolving and connecting. *reconnect*: True, or (first, longest) pause in seconds between
         attempts; it doubles each time, with jitter, and starts again after a success. *on_failure(connector, error)* is
         told of each attempt that failed. *unix*: a unix socket's path instead of host and port; OSError where there are none.
+        An attempt fails, too, when it was connected to itself, which happens at a local port at which nobody listens.
         Raises RuntimeError when the Communicator is closed or its queue has stopped.
         """
         if unix:

@@ -1037,6 +1037,42 @@ def test_reconnect_pauses_double_up_to_the_longest_and_start_again(serve, monkey
     client.connected.wait(2)
 
 
+def test_a_connector_that_reaches_itself_has_reached_nobody(serve, monkeypatch):
+    """The system may give a client the very port that it wants to reach; the server that is to come has need of it."""
+    port = free_port()
+    plain = socket.socket
+
+    class OfThatPort(plain):
+        """What comes by chance once in some 28,000 attempts."""
+
+        def bind(self, address):
+            monkeypatch.setattr(socket, "socket", plain)    # only the first is like that
+            super().bind(("127.0.0.1", port))               # ConnectEx needs a socket that is bound
+
+        def connect_ex(self, address):
+            self.bind(address)                              # epoll's engine would not do it
+            return super().connect_ex(address)
+
+    monkeypatch.setattr(socket, "socket", OfThatPort)
+    client = serve(listen=False)
+    failures = Log()
+    connector = client.communicator.connect("127.0.0.1", port, reconnect=(0.01, 0.04),
+                                            on_failure=lambda connector, error: failures.add(error))
+    error = failures.wait()[0]
+    assert isinstance(error, ConnectionRefusedError) and "itself" in str(error)
+    server = serve(listen=False)
+
+    def listens():
+        try:
+            return server.communicator.listen(port)
+        except OSError:                                     # told of it before the socket is closed
+            return None
+
+    eventually(listens)
+    assert connector.wait(DEADLINE).peer == ("127.0.0.1", port)
+    assert client.connected.wait() == [connector.session] and not client.ended
+
+
 def test_connector_closed_while_it_waits_or_connects(serve):
     client = serve(listen=False)
     failures = Log()
