@@ -158,8 +158,9 @@ def test_importing_changes_nothing(tmp_path):
     code = """
 import ctypes, os, signal, socket, sys, threading
 sys.path.insert(0, %r)
+OPEN = "" if os.name == "nt" else "/proc/self/fd"     # under Wine that is the list of the server of all its processes
 def state():
-    return (threading.active_count(), sorted(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0,
+    return (threading.active_count(), sorted(os.listdir(OPEN)) if os.path.exists(OPEN) else 0,
             [signal.getsignal(number) for number in range(1, signal.NSIG)], signal.set_wakeup_fd(-1),
             socket.getdefaulttimeout(), sys.getswitchinterval(), sys.excepthook, threading.excepthook,
             dict(os.environ), os.getcwd(), sys.getrecursionlimit(), os.umask(0o22), sys.path[:])
