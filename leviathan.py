@@ -57,6 +57,7 @@ __all__ = [
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7878
 RECV_BUFFER = 4096              # the first RecvBuf of a packet whose length is not known yet
+RECV_LEAST = 8                  # no RecvBuf is smaller: LengthPrefix reads a length before it looks how many bytes came
 SMALLEST_CLASS = 2              # 2**2 = 4 bytes ...
 LARGEST_POOLED = 21             # ... to 2**21 = 2 MiB are kept for use again
 LARGEST_CLASS = 30              # up to 2**30 = 1 GiB is made when needed and given back to the system
@@ -2794,8 +2795,8 @@ class SessionManager:
                  memory_limit: int = MEMORY_LIMIT) -> None:
         if max_sessions < 1 or send_operations < 1:
             raise ValueError("max_sessions and send_operations must be 1 or more")
-        if not 4 <= recv_buffer <= 1 << LARGEST_POOLED:
-            raise ValueError("recv_buffer is %r; it must be 4 to %d bytes" % (recv_buffer, 1 << LARGEST_POOLED))
+        if not RECV_LEAST <= recv_buffer <= 1 << LARGEST_POOLED:
+            raise ValueError("recv_buffer is %r; it must be %d to %d bytes" % (recv_buffer, RECV_LEAST, 1 << LARGEST_POOLED))
         self.max_sessions, self.recv_buffer, self.memory_limit = max_sessions, recv_buffer, memory_limit
         self._poison = bool(os.environ.get("LEVIATHAN_DEBUG"))
         self._lock = threading.Lock()       # guards all of the following
@@ -3471,7 +3472,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         return
     waits = larger is None
     if larger is None:
-        larger = Buffer(_power(have), False)        # no more than one receive's worth for each session
+        larger = Buffer(_power(max(have, RECV_LEAST)), False)       # no more than one receive's worth for each session
     if larger is not partial:
         larger.view[:have] = buffer[start:end]
         if partial is not None:
@@ -4645,10 +4646,11 @@ _CLASS_NAMES = {("%d" % (1 << power) if power < 10 else "%dk" % (1 << power - 10
 
 _SETTINGS = (
     _Setting("SESSION", "SESSION_MAX", _number(1, 10000000), "10000", "sessions at once, of all Communicators together"),
-    _Setting("SESSION", "RECV_BUF_SIZE", _size(4, 1 << LARGEST_POOLED), "4k",
+    _Setting("SESSION", "RECV_BUF_SIZE", _size(RECV_LEAST, 1 << LARGEST_POOLED), "4k",
              "first receive buffer of a packet whose length is not known yet"),
     _Setting("SESSION", "NR_SEND_SOCKETDATA", _number(1, 1024), "1", "send operations kept for use again, per session"),
-    _Setting("SESSION", "MEMORY_LIMIT", _size(4, 1 << 50), "1g", "all buffers together; at the limit receiving waits"),
+    _Setting("SESSION", "MEMORY_LIMIT", _size(RECV_LEAST, 1 << 50), "1g",
+             "all buffers together; at the limit receiving waits"),
 ) + tuple(
     _Setting("MPOOL", "IDX_BUF_" + name, _number(0, 1000000), "0", "buffers of %s bytes made at the start" % size)
     for name, size in _CLASS_NAMES.items()

@@ -25,8 +25,8 @@ class Example:
 
     def __init__(self, name):
         try:
+            argv, self.env = wine.command([os.path.join(EXAMPLES, name), "--port", "0"])    # says what is missing
             wine.warm()
-            argv, self.env = wine.command([os.path.join(EXAMPLES, name), "--port", "0"])
         except wine.WineError as error:
             if os.environ.get("LEVIATHAN_CROSS"):
                 raise

@@ -421,6 +421,33 @@ def test_a_session_that_waits_for_memory_can_end(serve, harness):
     eventually(lambda: server.manager.statistics()["waiting"] == 0)
 
 
+@pytest.mark.parametrize("size", range(1, 9))
+def test_a_length_that_comes_byte_by_byte_fits_the_smallest_buffer(serve, harness, size):
+    """LengthPrefix reads the whole length from the RecvBuf, however many bytes of it have come."""
+    server = serve(LengthPrefix(size), manager=harness.manager(recv_buffer=8))
+    client = server.client()
+    packet = (5).to_bytes(size, "big") + b"hello"
+    for at, byte in enumerate(packet, 1):
+        client.sendall(bytes([byte]))
+        eventually(lambda: server.queue.statistics()["bytes_received"] == at)
+    assert read_exactly(client, len(packet)) == packet
+
+
+def test_a_length_that_is_cut_while_there_is_no_memory_is_kept(serve, harness):
+    """What waits outside of the pool has room for the whole length too."""
+    server = serve(LengthPrefix(8), manager=harness.manager(memory_limit=(1 << 17) + INBOX))
+    holder, waiter = server.client(), server.client()
+    packet = struct.pack(">Q", 100000) + b"x" * 100000
+    holder.sendall(packet[:50000])
+    eventually(lambda: server.manager.statistics()["classes"].get(1 << 17, {}).get("leased"))
+    waiter.sendall(packet[:3])
+    eventually(lambda: server.manager.statistics()["waiting"])
+    holder.sendall(packet[50000:])
+    assert read_exactly(holder, len(packet)) == packet
+    waiter.sendall(packet[3:])
+    assert read_exactly(waiter, len(packet)) == packet
+
+
 def test_a_packet_of_unknown_length_may_fill_all_memory(serve, harness):
     """Its buffer is made twice as large as what is there, but never larger than there is memory."""
     server = serve(Delimited(b"\n", max_packet=1 << 20), manager=harness.manager(memory_limit=(1 << 17) + 1000))
@@ -565,7 +592,7 @@ def test_buffers_of_all_classes_together_stay_within_the_limit(harness):
 
 @pytest.mark.parametrize("settings", [
     {"memory_limit": 4095}, {"memory_limit": 1 << 20, "classes": {1 << 19: 3}},
-    {"max_sessions": 0}, {"recv_buffer": 3}, {"recv_buffer": 1 << 22}, {"classes": {5: 1}}, {"classes": {1 << 22: 1}},
+    {"max_sessions": 0}, {"recv_buffer": 7}, {"recv_buffer": 1 << 22}, {"classes": {5: 1}}, {"classes": {1 << 22: 1}},
     {"classes": {2: 1}}, {"send_operations": 0}], ids=str)
 def test_senseless_pool_settings_raise_value_error(settings):
     with pytest.raises(ValueError):

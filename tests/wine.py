@@ -424,18 +424,24 @@ def command(arguments, python=DEFAULT):
     Give Popen stdin=DEVNULL and pipes for the output. Call warm() before, once in a while: it is cheap.
     """
     _minor(python)
-    folders = ((os.path.join(cache(), "prefix"), PREFIX_STAMP), (_home(python), _stamp(python)))
-    if not (_loader() and all(_finished(folder, stamp) for folder, stamp in folders)):
+    if not (_bootable() and _finished(_home(python), _stamp(python))):
         raise WineError("CPython %s for Windows is not prepared: run python tests/wine.py --python %s --prepare"
                         % (python, python))
     return _command(arguments, python)
 
 
+def _bootable():
+    """Wine is there, and its prefix whole."""
+    return bool(_loader() and _finished(os.path.join(cache(), "prefix"), PREFIX_STAMP))
+
+
 def warm():
     """Boot Wine's services, if they are not up, so that the next command starts at once and its pipes are its own.
 
-    They stop IDLE seconds after the last call, or when what runs by then has ended.
+    They stop IDLE seconds after the last call, or when what runs by then has ended. WineError if nothing is prepared.
     """
+    if not _bootable():         # else it would wait BOOT_DEADLINE for a program that is not there
+        raise WineError("Wine is not prepared: run python tests/wine.py --prepare")
     used = os.path.join(cache(), "keep.used")
     pid_file = os.path.join(cache(), "keep.pid")
     with _lock("keep.lock"):
