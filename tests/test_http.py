@@ -1112,7 +1112,9 @@ def test_receiving_pauses_above_so_many_unanswered_requests(serve):
     client.sendall(GET * 20)
     requests.wait(8)
     eventually(lambda: session.paused & leviathan.PAUSED_PIPELINED)
-    time.sleep(0.05)
+    later = Log()
+    server.queue.post(server.queue.post, later.add, "a turn of the loop later")
+    later.wait()
     assert len(requests) == 8
     for number in range(20):
         requests.wait(number + 1)[number].reply(b"%d" % number)
@@ -1126,7 +1128,6 @@ def test_errors_come_behind_answers_that_another_thread_owes(serve):
     client = server.client()
     client.sendall(GET + GET + b"nonsense\r\n\r\n")
     for request in reversed(requests.wait(2)):
-        time.sleep(0.02)
         request.reply(b"late")
     data = read_to_end(client)
     assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"200", b"400"]
@@ -1167,7 +1168,9 @@ def test_idle_connections_are_closed_without_a_word_and_owed_answers_are_waited_
     idle, waiting = server.client(), server.client()
     waiting.sendall(GET)
     assert read_to_end(idle) == b""
-    time.sleep(0.3)
+    later = Log()
+    server.queue.call_later(0.3, later.add, "longer than idle_timeout")
+    later.wait()
     requests.wait()[0].reply(b"late")
     assert response_of(waiting)[2] == b"late"
     assert read_to_end(waiting) == b""
@@ -1176,11 +1179,10 @@ def test_idle_connections_are_closed_without_a_word_and_owed_answers_are_waited_
 def test_a_peer_that_half_closes_gets_its_answers(serve):
     requests = Log()
     server = serve(Http(), lambda session, request: requests.add(request))
-    client = server.client()
+    client, session = server.pair()
     client.sendall(GET * 2)
     client.shutdown(socket.SHUT_WR)
-    requests.wait(2)
-    time.sleep(0.1)
+    eventually(lambda: session.eof)
     for request in requests.wait(2):
         assert request.reply(b"late")
     assert read_to_end(client).count(b"late") == 2
