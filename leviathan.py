@@ -3755,11 +3755,13 @@ class EventQueue:
 
     def call_later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) in *seconds*, unless the queue stops before. Returns a handle with `cancel()`."""
+        if seconds != seconds:
+            raise ValueError("seconds is %r" % (seconds,))
         return self.engine.call_later(max(0.0, seconds), 0.0, _watched(function), *args)
 
     def every(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) every *seconds*, never twice at once. Returns a handle with `cancel()`."""
-        if seconds <= 0:
+        if not seconds > 0:
             raise ValueError("seconds is %r; it must be more than 0" % (seconds,))
         return self.engine.call_later(seconds, seconds, _watched(function), *args)
 
@@ -4136,6 +4138,7 @@ class Connector:
         self._dialling: Optional[Session] = None
         self._left: List[Tuple[int, Any]] = []  # addresses of this attempt that were not tried yet
         self._attempts = 0
+        self._late = 0                          # the attempt whose time is over
         self._timer: Any = None
         self._gone = False                      # closed, or failed with no reconnect
         self._reported = False                  # the failure was logged
@@ -4245,20 +4248,27 @@ class Connector:
         communicator.queue.engine.connect(session, found[0], found[1], self.thread)
         with self._changed:
             unwanted = self._gone or number != self._attempts
-        if unwanted:                        # since `_dialling` was set: who gave up found nothing that could be ended
+            late = self._late == number
+        # Since `_dialling` was set: who gave up, or found that the time was over, found nothing that could be ended.
+        if unwanted:
             session.end(False, Reason.SHUTDOWN, None)
+        elif late:
+            session.end(False, Reason.TIMEOUT, self._no_answer())
 
     def _timed_out(self, number: int) -> None:
         with self._changed:
             if number != self._attempts or self._gone or self.session is not None:
                 return
             self._left = []
+            self._late = number
             dialling = self._dialling
-        error = TimeoutError("no answer within %.3g s" % self.timeout)
         if dialling is not None:
-            dialling.end(False, Reason.TIMEOUT, error)          # _closed goes on from there
+            dialling.end(False, Reason.TIMEOUT, self._no_answer())      # _closed goes on from there
         else:
-            self._attempt_failed(number, error)                 # the name is not resolved yet
+            self._attempt_failed(number, self._no_answer())             # the name is not resolved yet
+
+    def _no_answer(self) -> TimeoutError:
+        return TimeoutError("no answer within %.3g s" % self.timeout)
 
     def _established(self, session: Session) -> bool:
         """A completion: connected. False when nobody wants it any more."""
@@ -4352,6 +4362,7 @@ class _Interrupt:
         self.signalled = self.stopping = False
         self._when = 0.0
         self._read, self._write = socket.socketpair()
+        self._read.setblocking(True)            # whatever socket.setdefaulttimeout says
         self._write.setblocking(False)
         self._before: Dict[int, Any] = {}
         self._wakeup_before: Optional[int] = None

@@ -99,6 +99,7 @@ ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOME
 SLICES = sys.implementation.name != "pypy"
 
 FOREVER = float("inf")
+LONGEST = 1e6           # seconds of one wait: poll and epoll_wait take 2**31 ms, 24 days
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,10 +604,10 @@ class Worker:
         full = len(scratch)
         while not (self.signalled or self.doomed or self.stopping):
             due = engine.due
-            if due is FOREVER:
+            if due == FOREVER:
                 events = poll(-1, MAX_EVENTS)
             else:
-                events = poll(max(0.0, due - monotonic()), MAX_EVENTS)
+                events = poll(min(max(0.0, due - monotonic()), LONGEST), MAX_EVENTS)
             self.now = now = monotonic()
             received = sends = sent = 0
             for fd, mask in events:
@@ -626,7 +627,10 @@ class Worker:
                 if count:
                     received += count
                     session.last = now
-                    session.received(session, scratch, count)
+                    try:
+                        session.received(session, scratch, count)
+                    except BaseException as error:
+                        self._spoiled(session, error)
                     if count == full:
                         self._look_again(session)
                 else:
@@ -973,18 +977,26 @@ class Worker:
         else:
             session.last = self.now
             self.received += count
-            if partial is None:
-                session.received(session, self.scratch, count)
-            else:
-                session.filled += count
-                if session.filled < session.need:
-                    session.room = session.room[count:]     # the packet's length is known, and more of it is to come
+            try:
+                if partial is None:
+                    session.received(session, self.scratch, count)
                 else:
-                    session.received(session, partial.array, session.filled)
+                    session.filled += count
+                    if session.filled < session.need:
+                        session.room = session.room[count:]     # the packet's length is known, and more of it is to come
+                    else:
+                        session.received(session, partial.array, session.filled)
+            except BaseException as error:
+                self._spoiled(session, error)
             if count == space or mask != READ:
                 self._look_again(session)
         if self.dirty:
             self._flush()
+
+    def _spoiled(self, session: Any, error: BaseException) -> None:
+        """A framing's receiver has raised, which it must not: where its stream is now nobody knows."""
+        self.core.on_failed(session.received, error)
+        self.close_session(session, False, None, error)
 
     def _receive_failed(self, session: Any, error: OSError) -> None:
         if isinstance(error, (BlockingIOError, InterruptedError)):
@@ -1001,7 +1013,10 @@ class Worker:
         """session.paused may be 0 again: first what has been received already, then what comes."""
         if not session.is_open() or session.paused:
             return
-        self.core.on_resumed(session)
+        try:
+            self.core.on_resumed(session)
+        except BaseException as error:
+            self._spoiled(session, error)
         if session.is_open():
             self._rearm(session)
 

@@ -58,6 +58,7 @@ ACCEPTS = 8             # accepts armed for each listener (RULES: IOCP 5)
 INBOX_MAX = 1 << 14     # a session whose receives fill its RecvBuf gets one twice as large, up to this ...
 INBOX_CALM = 32         # ... until so many in a row would have fitted a quarter of it
 JOIN_MAX = 1 << 17      # what is queued is joined into one send up to this size; a larger chunk goes alone, uncopied
+SEND_MAX = 1 << 30      # a WSABUF's length has 32 bits
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
 ACCEPT_PAUSE = 0.1      # seconds without accepting after WSAEMFILE, doubled each time ...
@@ -73,7 +74,8 @@ FOREVER = float("inf")
 INFINITE = 0xFFFFFFFF
 IO_PENDING = 997                        # ERROR_IO_PENDING: the only error that means "it will complete"
 OPERATION_ABORTED = 995                 # ERROR_OPERATION_ABORTED: cancelled
-CTRL_CLOSE_EVENT = 2                    # wincon.h; 5 and 6: log-off and shutdown
+CTRL_CLOSE_EVENT = 2                    # wincon.h; 6: shutdown
+CTRL_LOGOFF_EVENT = 5
 CONSOLE_PATIENCE = 30.0                 # seconds; longer than Windows waits
 SO_UPDATE_ACCEPT_CONTEXT = 0x700B       # mswsock.h
 SO_UPDATE_CONNECT_CONTEXT = 0x7010
@@ -81,19 +83,33 @@ SIO_GET_EXTENSION_FUNCTION_POINTER = 0xC8000006
 SIO_TCP_INFO = 0xD8000027
 ADDRESS_SIZE = 128 + 16                 # sockaddr_storage, and the 16 bytes more that AcceptEx asks for
 
-# What Windows says, as errno: OSError makes the subclass from that (ConnectionResetError, ...). The codes of winsock
-# (10000 and up) are errno values of Windows' Python already. Source: "System Error Codes" and "Windows Sockets Error
-# Codes" of Microsoft's documentation.
+# What Windows says, as errno: OSError makes the subclass from that (ConnectionResetError, ...). What is not here keeps its
+# number, which is an errno of Windows' Python for most of winsock's codes (10035 and up). Source: "System Error Codes" and
+# "Windows Sockets Error Codes" of Microsoft's documentation.
 _ERRNO = {
+    5: errno.EACCES,                    # ERROR_ACCESS_DENIED
+    6: errno.EBADF,                     # ERROR_INVALID_HANDLE
     8: errno.ENOMEM,                    # ERROR_NOT_ENOUGH_MEMORY
+    32: errno.EACCES,                   # ERROR_SHARING_VIOLATION
+    52: errno.EADDRINUSE,               # ERROR_DUP_NAME
     64: errno.ECONNRESET,               # ERROR_NETNAME_DELETED
+    87: errno.EINVAL,                   # ERROR_INVALID_PARAMETER
     121: errno.ETIMEDOUT,               # ERROR_SEM_TIMEOUT
     995: errno.ECONNABORTED,            # ERROR_OPERATION_ABORTED
+    1214: errno.EADDRNOTAVAIL,          # ERROR_INVALID_NETNAME
     1225: errno.ECONNREFUSED,           # ERROR_CONNECTION_REFUSED
+    1229: errno.ENOTCONN,               # ERROR_CONNECTION_INVALID
     1231: errno.ENETUNREACH,            # ERROR_NETWORK_UNREACHABLE
     1232: errno.EHOSTUNREACH,           # ERROR_HOST_UNREACHABLE
+    1234: errno.ECONNREFUSED,           # ERROR_PORT_UNREACHABLE
+    1235: errno.ECONNABORTED,           # ERROR_REQUEST_ABORTED
     1236: errno.ECONNABORTED,           # ERROR_CONNECTION_ABORTED
     1450: errno.ENOBUFS,                # ERROR_NO_SYSTEM_RESOURCES
+    10004: errno.EINTR,                 # WSAEINTR
+    10009: errno.EBADF,                 # WSAEBADF
+    10013: errno.EACCES,                # WSAEACCES
+    10014: errno.EFAULT,                # WSAEFAULT
+    10022: errno.EINVAL,                # WSAEINVAL
     10024: errno.EMFILE,                # WSAEMFILE
     10048: errno.EADDRINUSE,            # WSAEADDRINUSE
     10049: errno.EADDRNOTAVAIL,         # WSAEADDRNOTAVAIL
@@ -160,6 +176,8 @@ class RECORD(ctypes.Structure):
 _ENTRY = struct.Struct("@PPPI0P")               # an OVERLAPPED_ENTRY: unpacked at once, 10 times faster than by its fields
 _ENTRIES = {count: ctypes.c_char * (count * ctypes.sizeof(OVERLAPPED_ENTRY)) for count in (1, MAX_EVENTS)}
 _ADDRESSES = ctypes.c_char * (2 * ADDRESS_SIZE)
+_NAMES = {size: ctypes.c_char * size for size in (16, 28)}      # sockaddr_in, sockaddr_in6
+_TCP_INFO = ctypes.c_uint32 * 64                # room for any version of TCP_INFO
 
 WSAID_ACCEPTEX = GUID(0xB5367DF1, 0xCBAC, 0x11CF, (0x95, 0xCA, 0x00, 0x80, 0x5F, 0x48, 0xA1, 0x92))
 WSAID_CONNECTEX = GUID(0x25A207B9, 0xDDF3, 0x4660, (0x8E, 0xE9, 0x76, 0xE5, 0x8C, 0x74, 0x06, 0x3E))
@@ -224,10 +242,10 @@ def failure(call: str, code: int) -> OSError:
 
 
 class Console:
-    """Tells when the program is to end because its console is closed, its user logs off or the system shuts down.
+    """Tells when the program is to end because its console is closed or the system shuts down.
 
-    Ctrl-C and Ctrl-Break are signals, SIGINT and SIGBREAK. For these here there is none; Windows calls a handler, on a
-    thread of its own, and ends the process when that returns, or after 5 seconds ("HandlerRoutine callback function").
+    Ctrl-C and Ctrl-Break are signals, SIGINT and SIGBREAK. For these here Windows calls a handler, on a thread of its own,
+    and ends the process when that returns, or after 5 seconds ("HandlerRoutine callback function").
     """
 
     def __init__(self, closing: Callable[[], None]) -> None:
@@ -239,6 +257,10 @@ class Console:
     def _handle(self, event: int) -> int:
         if event < CTRL_CLOSE_EVENT:
             return 0
+        if event == CTRL_LOGOFF_EVENT:
+            # Only services get it, whoever logs off. True: else the C runtime's handler, which is asked next, makes SIGBREAK
+            # of it (KB Q149901).
+            return 1
         self._called = True
         _HANDLERS.append(self._handler)
         self._closing()
@@ -268,7 +290,7 @@ def _acknowledged(sock: socket.socket) -> bool:
     SIO_TCP_INFO is there from Windows 10 version 1703 on. The state, the first field of TCP_INFO_v0 (mstcpip.h), is
     FIN_WAIT_2 (6) or TIME_WAIT (10) when the FIN is acknowledged, and what went before it with it.
     """
-    version, size, answer = DWORD(0), DWORD(), (ctypes.c_uint32 * 64)()
+    version, size, answer = DWORD(0), DWORD(), _TCP_INFO()
     if api.WSAIoctl(sock.fileno(), SIO_TCP_INFO, ctypes.addressof(version), ctypes.sizeof(version),
                     ctypes.addressof(answer), ctypes.sizeof(answer), ctypes.addressof(size), None, None):
         return False
@@ -306,7 +328,7 @@ class Overlapped:
     def code(self) -> int:
         """How it ended: 0, or Windows' error code (RULES: IOCP 6: each entry has a status of its own)."""
         status = self.record.overlapped.Internal & 0xFFFFFFFF
-        return int(api.RtlNtStatusToDosError(status)) if status else 0
+        return int(api.RtlNtStatusToDosError(status)) if status & 0x80000000 else 0     # NT_SUCCESS, ntdef.h
 
 
 class Port:
@@ -323,9 +345,13 @@ class Port:
             raise failure("CreateIoCompletionPort", api.last_error())
 
     def wake(self) -> None:
-        """One packet that means nothing, for one thread."""
-        if not api.PostQueuedCompletionStatus(self.handle, 0, 0, None):
-            raise failure("PostQueuedCompletionStatus", api.last_error())
+        """One packet that means nothing, for one thread. It is tried for a second: without it a session may stand still."""
+        for pause in (0.001, 0.01, 0.1, 0.9, 0.0):
+            if api.PostQueuedCompletionStatus(self.handle, 0, 0, None):
+                return
+            error = failure("PostQueuedCompletionStatus", api.last_error())         # the system is short of memory
+            threading.Event().wait(pause)
+        raise error
 
     def close(self) -> None:
         """Give the handle back."""
@@ -629,7 +655,7 @@ class Engine:
         return timer
 
     def schedule(self, timer: Timer) -> None:
-        """Put a timer on the heap. A new first one wakes a worker, and that one the next (see Worker._event)."""
+        """Put a timer on the heap. A new first one wakes a worker (see Worker._patience)."""
         with self.lock:
             if timer.function is None:
                 return                      # cancelled by its own call
@@ -726,11 +752,13 @@ class Worker:
             done = take(handle, where, count, found, self._patience(), False)
             if not done:
                 self._timed_out(api.last_error())
-            # Without the lock: who reads it too late wakes a thread for nothing, once.
-            self.until = 0.0
+            # Without the lock: who reads it too late sleeps, and is woken by `_keep_time`.
+            keeper, self.until = 0.0 < self.until < FOREVER, 0.0
             self.now = monotonic()
             for _, address, _, transferred in _ENTRY.iter_unpack(packets[:removed.value * size if done else 0]):
                 try:
+                    if keeper and (address or engine.events):
+                        self._call(self._keep_time, ())
                     if address:
                         operation = pending.pop(address)
                         operation.complete(self, operation, transferred)
@@ -743,27 +771,37 @@ class Worker:
                 self._run_timers(self.now)
 
     def _patience(self) -> int:
-        """Milliseconds until the first timer is due."""
+        """Milliseconds until the first timer is due; for ever if another worker sleeps that long already."""
         engine = self.engine
         if len(engine.workers) == 1:
             due = engine.due                # who sets an earlier one wakes this worker afterwards
         else:
             with engine.lock:
-                due = self.until = engine.due
-        if due is FOREVER:
+                due = self.until = FOREVER if self._is_kept() else engine.due
+        if due == FOREVER:                  # not `is`: a timer's own "never" is another object
             return INFINITE
         return max(0, min(int((due - monotonic()) * 1000) + 1, 1 << 30))
+
+    def _is_kept(self) -> bool:
+        """A worker sleeps that will wake when the first timer is due. The engine's lock is held."""
+        return any(0.0 < worker.until <= self.engine.due for worker in self.engine.workers)
+
+    def _keep_time(self) -> None:
+        """This worker has something to do: if it was the one that sleeps until the first timer is due, another one is to.
+
+        One packet, and not one for each that sleeps: the port gives it to who slept last, so the others would never see it.
+        """
+        engine = self.engine
+        with engine.lock:
+            if engine.due < FOREVER and not self._is_kept() and any(worker.until for worker in engine.workers):
+                engine.port.wake()
 
     def _event(self) -> None:
         """A packet that was posted: an event, a target's mail, or, if there is neither, a new first timer to look at."""
         engine = self.engine
         with engine.lock:
             if not engine.events:
-                # This worker knows now when the first timer is due. If it is busy then, another must know as well: one
-                # that sleeps longer than that is woken, and looks here for the next.
-                if any(worker.until > engine.due for worker in engine.workers):
-                    engine.port.wake()
-                return
+                return                      # a new first timer: `_patience` looks at it
             function, args = engine.events.popleft()
         if function is None:
             self._attend(args)
@@ -814,7 +852,10 @@ class Worker:
             self.core.on_failed(function, error)
 
     def _run_timers(self, now: float) -> None:
-        for timer in self.engine.take_due(now):
+        due = self.engine.take_due(now)
+        if due and len(self.engine.workers) > 1:
+            self._call(self._keep_time, ())         # for the next one, while these run
+        for timer in due:
             with self.engine.lock:
                 function, args = timer.function, timer.args
                 if not timer.interval:
@@ -993,7 +1034,7 @@ class Worker:
             sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 0))        # ConnectEx needs it
             packed = _sockaddr(family, address)
             self.engine.port.join(sock)
-            operation.keep = name = ctypes.create_string_buffer(packed, len(packed))
+            operation.keep = name = _NAMES[len(packed)].from_buffer_copy(packed)
             self.engine.pending[operation.address] = operation
             link.receiving = True
             if not api.ConnectEx(sock.fileno(), ctypes.addressof(name), len(name), None, 0, operation.count,
@@ -1103,33 +1144,41 @@ class Worker:
                 self.core.on_eof(session)
         else:
             session.last = now
-            partial = session.partial
-            if partial is not None:
-                session.filled += count
-                if session.paused or session.filled < session.need:
-                    session.room = session.room[count:]
-                else:
-                    session.received(session, partial.array, session.filled)
-            elif not session.paused:
-                size = link.inbox.size
-                session.received(session, link.inbox.array, count)
-                if count == size:
-                    # A packet just over the inbox would cost two receives each time: 1.3 instead of 0.85 of what
-                    # asyncio's proactor does with packets of 4 KiB (under Wine). What is much larger has a RecvBuf.
-                    link.calm = 0
-                    if size < INBOX_MAX and session.need <= INBOX_MAX:
-                        link.size = 2 * size
-                elif link.size and 4 * count <= size:
-                    link.calm += 1
-                    if link.calm == INBOX_CALM:
-                        self.core.give_back(session, link.inbox)
-                        link.inbox, link.size, link.calm = None, 0, 0
-                else:
-                    link.calm = 0
-            else:                           # it was armed before the pause: kept as an incomplete packet
-                session.partial, link.inbox = link.inbox, None
-                session.filled, session.need, session.seen, session.since = count, 0, 0, now
-                session.room = session.partial.view[count:]
+            try:
+                partial = session.partial
+                if partial is not None:
+                    session.filled += count
+                    if session.paused or session.filled < session.need:
+                        session.room = session.room[count:]
+                    else:
+                        session.received(session, partial.array, session.filled)
+                elif not session.paused:
+                    size = link.inbox.size
+                    session.received(session, link.inbox.array, count)
+                    if count == size:
+                        # A packet just over the inbox would cost two receives each time: 1.3 instead of 0.85 of what
+                        # asyncio's proactor does with packets of 4 KiB (under Wine). What is much larger has a RecvBuf.
+                        link.calm = 0
+                        if size < INBOX_MAX and session.need <= INBOX_MAX:
+                            link.size = 2 * size
+                    elif link.size and 4 * count <= size:
+                        link.calm += 1
+                        if link.calm == INBOX_CALM:
+                            self.core.give_back(session, link.inbox)
+                            link.inbox, link.size, link.calm = None, 0, 0
+                    else:
+                        link.calm = 0
+                else:                           # it was armed before the pause: kept as an incomplete packet
+                    session.partial, link.inbox = link.inbox, None
+                    session.filled, session.need, session.seen, session.since = count, 0, 0, now
+                    session.room = session.partial.view[count:]
+            except BaseException as error:
+                self._spoiled(session, error)
+
+    def _spoiled(self, session: Any, error: BaseException) -> None:
+        """A framing's receiver has raised, which it must not: where its stream is now nobody knows."""
+        self.core.on_failed(session.received, error)
+        self.close_session(session, False, None, error)
 
     def _receive_failed(self, session: Any, error: OSError) -> None:
         self.close_session(session, False, None, error)
@@ -1142,7 +1191,15 @@ class Worker:
         """session.paused may be 0 again: first what has been received already, then what comes."""
         if not session.is_open() or session.paused:
             return
-        self.core.on_resumed(session)
+        if session.link.receiving:
+            # Armed before the pause: the RecvBuf is the system's until that completes, and what is in it has been looked
+            # at. Whoever parsed it again might give it back (an Http that reads no more does).
+            session.since = session.since and monotonic()
+            return
+        try:
+            self.core.on_resumed(session)
+        except BaseException as error:
+            self._spoiled(session, error)
         if session.link.ended and session.is_open() and not session.paused:
             session.link.ended = False
             self.core.on_eof(session)
@@ -1173,6 +1230,8 @@ class Worker:
 
     def _press(self, session: Any) -> None:
         """More is unsent than the high-water mark, or less than the low one; as of now, not as of when it was noticed."""
+        if session.is_gone():
+            return                          # `_sent` noticed it, and another worker has closed it before this came here
         with session.link.lock:
             pressed = session.link.pressed
         if not pressed:
@@ -1209,7 +1268,7 @@ class Worker:
             pointer = pointer or ctypes.c_char_p(sending.view.obj)
             buffer.buf = ctypes.cast(pointer, POINTER).value + sending.done
         operation.keep = sending, pointer
-        buffer.len = sending.wanted - sending.done
+        buffer.len = min(sending.wanted - sending.done, SEND_MAX)       # the rest follows its completion
         self.engine.pending[operation.address] = operation
         if api.WSASend(session.socket.fileno(), operation.buffer, 1, None, 0, operation.address, None):
             code = api.last_error()

@@ -471,6 +471,46 @@ class EngineContract:
         good.sendall(self.packed(b"good"))
         assert self.read(good, 8) == self.packed(b"good")
 
+    def test_a_framing_whose_receiver_raises_costs_its_session_only(self):
+        """It must not, but a program may bring its own. Where the stream is then nobody knows: so it ends there."""
+        class Raising(leviathan.LengthPrefix):
+            def receiver(self, on_packet, rest, fail):
+                receive = super().receiver(on_packet, rest, fail)
+
+                def received(session, buffer, end):
+                    if session.tag == "raise":
+                        raise OverflowError("on purpose")
+                    receive(session, buffer, end)
+
+                return received
+
+        def handler(session, packet):
+            session.send(packet)
+            if packet == b"wait":
+                session.pause()
+
+        communicator, listener = self.serve(handler, framing=Raising(4))
+        good = self.client(listener)
+        self.record.wait_for("connect")
+        for first, then in ((b"", b"x"), (b"\0\0", b"\0"), (self.packed(b"wait", b"more"), b"")):
+            # At once, behind an incomplete packet, and in what is looked at after a pause.
+            before = self.record.count("connect")
+            client = self.client(listener)
+            self.record.wait_for("connect", before + 1)
+            session = self.record.of("connect")[-1][1]
+            received = communicator.queue.statistics()["bytes_received"]
+            client.sendall(first)
+            self.record.wait(lambda: communicator.queue.statistics()["bytes_received"] == received + len(first))
+            self.on_thread(session, setattr, session, "tag", "raise")
+            client.sendall(then)
+            session.resume()
+            self.record.wait_for("on_closed", target=session)
+            reason, error = self.record.of("disconnect", session)[0][3]
+            assert reason is leviathan.Reason.ERROR and type(error) is OverflowError
+        good.sendall(self.packed(b"good"))
+        assert self.read(good, 8) == self.packed(b"good")
+        assert self.record.count("on_failed") == 3
+
     def test_a_raising_on_disconnect_loses_nothing(self):
         def raising(session, reason, error):
             raise RuntimeError("on purpose")

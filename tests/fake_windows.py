@@ -115,12 +115,21 @@ class Operation:
         return select.POLLIN if self.call in ("WSARecv", "AcceptEx") else select.POLLOUT
 
 
+class Waiter:
+    """A thread that waits at a port. The packet that it is woken for is its own: nobody else can take it."""
+
+    def __init__(self):
+        self.asleep = threading.Lock()
+        self.asleep.acquire()
+        self.packet = None
+
+
 class FakePort:
     """A completion port: its packets, and who waits for one."""
 
     def __init__(self):
         self.packets = deque()          # (key, address, status, count)
-        self.waiters = []               # a locked Lock for each
+        self.waiters = []               # a Waiter for each thread, the one that slept first before the others
         self.closed = False
 
 
@@ -208,7 +217,7 @@ class FakeApi:
             if port.waiters:
                 self.complain("a port is closed while threads wait at it")
             for waiter in port.waiters:
-                waiter.release()
+                waiter.asleep.release()
             return self._succeed(1)
 
     def PostQueuedCompletionStatus(self, handle, count, key, address):
@@ -235,21 +244,17 @@ class FakeApi:
                 self.complain("GetQueuedCompletionStatusEx: an alertable wait, or no time, or no room")
             if timeout and timeout != INFINITE and self.plan.chance(self.plan.late / 4):
                 timeout //= 2                   # it may end early
-            end = None if timeout == INFINITE else monotonic() + timeout / 1000
-            while not port.packets:
-                left = -1 if end is None else end - monotonic()
-                if end is not None and left <= 0:
-                    return self._fail(258, 0)
-                self._wait(port, left)
-                if port.closed:
-                    return self._fail(735, 0)
-            number = min(count, len(port.packets))
-            for index in range(number):
-                key, address, status, transferred = port.packets.popleft()
+            packets = [port.packets.popleft() for _ in range(min(count, len(port.packets)))]
+            if not packets:
+                packet = self._wait(port, -1 if timeout == INFINITE else timeout / 1000) if timeout else None
+                if packet is None:
+                    return self._fail(735 if port.closed else 258, 0)
+                packets = [packet]
+            for index, (key, address, status, transferred) in enumerate(packets):
                 self.queued.pop(address, None)
                 made = self.module.OVERLAPPED_ENTRY(key, address, status, transferred)
                 ctypes.memmove(entries + index * entry, ctypes.addressof(made), entry)
-            ctypes.c_uint32.from_address(removed).value = number
+            ctypes.c_uint32.from_address(removed).value = len(packets)
             return self._succeed(1)
 
     def WSAIoctl(self, handle, control, given, given_size, answer, answer_size, returned, overlapped, routine):
@@ -506,27 +511,29 @@ class FakeApi:
         self._queue(port, (operation.key, operation.address, status, count), operation.call == "AcceptEx")
 
     def _queue(self, port, packet, in_order=False):
-        if port.packets and not in_order and self.plan.chance(self.plan.late):
+        if port.waiters:
+            # Windows hands it to the one that slept last: the others never learn of it ("I/O Completion Ports").
+            index = self.plan.between(0, len(port.waiters) - 1) if self.plan.late else -1
+            waiter = port.waiters.pop(index)
+            waiter.packet = packet
+            waiter.asleep.release()
+        elif port.packets and not in_order and self.plan.chance(self.plan.late):
             port.packets.insert(self.plan.between(0, len(port.packets)), packet)
         else:
             port.packets.append(packet)
-        if port.waiters:
-            # Windows wakes the one that slept last.
-            index = self.plan.between(0, len(port.waiters) - 1) if self.plan.late else -1
-            port.waiters.pop(index).release()
 
     def _wait(self, port, seconds):
-        """Let go of the lock until a packet comes."""
-        waiter = threading.Lock()
-        waiter.acquire()
+        """Let go of the lock until a packet comes, which is returned; None when *seconds* (-1: no limit) are over."""
+        waiter = Waiter()
         port.waiters.append(waiter)
         self.lock.release()
         try:
-            waiter.acquire(timeout=seconds)
+            waiter.asleep.acquire(timeout=seconds)
         finally:
             self.lock.acquire()
             if waiter in port.waiters:
                 port.waiters.remove(waiter)
+        return waiter.packet
 
     # -- the thread that carries out what is pending ------------------------------------------------------------------
 
@@ -628,7 +635,7 @@ class FakeApi:
             for port in self.ports.values():
                 port.closed = True
                 for waiter in port.waiters:
-                    waiter.release()
+                    waiter.asleep.release()
                 port.waiters = []
             self.ending = True
             wrong = list(self.wrong)

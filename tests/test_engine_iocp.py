@@ -34,9 +34,11 @@ def test_a_closed_console_ends_run_in_order(monkeypatch):
         with socket.create_connection(listener.address, 5) as client:
             client.sendall(b"\0\0\0\1x")
             answers.append(client.recv(5))
-        answers.extend(handlers[0][0](event) for event in (0, 1, leviathan_win.CTRL_CLOSE_EVENT))
+        answers.extend(handlers[0][0](event) for event in (0, 1, leviathan_win.CTRL_LOGOFF_EVENT))
+        answers.append(listener.closed)     # somebody has logged off, which services are told; this one goes on
+        answers.append(handlers[0][0](leviathan_win.CTRL_CLOSE_EVENT))
 
     closer = threading.Thread(target=close_the_console)
     assert leviathan.run(server, on_ready=closer.start) is True
     closer.join(5)
-    assert answers == [b"\0\0\0\1x", 0, 0, 1] and len(handlers) == 1 and handlers[0][1] is True
+    assert answers == [b"\0\0\0\1x", 0, 0, 1, False, 1] and len(handlers) == 1 and handlers[0][1] is True

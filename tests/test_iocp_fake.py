@@ -241,6 +241,11 @@ def test_cancelling_what_has_just_been_completed(stage_of_cancel):
     Scenario(Plan("CancelIoEx", stage_of_cancel, 1168)).check(complete=True)
 
 
+def test_a_post_that_fails_once_costs_nothing():
+    """Without it a session would stand still for ever, and `stop` wait for it."""
+    sweep("PostQueuedCompletionStatus", 1450, "start", complete=True)
+
+
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_wait_at_the_port_that_fails_costs_nothing(at):
     Scenario(Plan("GetQueuedCompletionStatusEx", at, 1450)).check(complete=True)
@@ -277,21 +282,23 @@ def test_failures_among_late_completions_on_three_threads(call, seed):
 KINDS = {
     64: ConnectionResetError, 10054: ConnectionResetError, 1225: ConnectionRefusedError, 10061: ConnectionRefusedError,
     121: TimeoutError, 10060: TimeoutError, 1236: ConnectionAbortedError, 10053: ConnectionAbortedError,
-    995: ConnectionAbortedError, 10058: BrokenPipeError}
+    995: ConnectionAbortedError, 1235: ConnectionAbortedError, 1234: ConnectionRefusedError, 10058: BrokenPipeError,
+    5: PermissionError, 32: PermissionError, 10013: PermissionError, 10004: InterruptedError}
 NUMBERS = {
     8: errno.ENOMEM, 1450: errno.ENOBUFS, 10024: errno.EMFILE, 10055: errno.ENOBUFS, 10048: errno.EADDRINUSE,
     10049: errno.EADDRNOTAVAIL, 1231: errno.ENETUNREACH, 1232: errno.EHOSTUNREACH, 10051: errno.ENETUNREACH,
-    10065: errno.EHOSTUNREACH, 10057: errno.ENOTCONN, 4242: 4242}
+    10065: errno.EHOSTUNREACH, 10057: errno.ENOTCONN, 1229: errno.ENOTCONN, 52: errno.EADDRINUSE, 6: errno.EBADF,
+    10009: errno.EBADF, 87: errno.EINVAL, 10022: errno.EINVAL, 10014: errno.EFAULT, 1214: errno.EADDRNOTAVAIL, 4242: 4242}
 
 
 class House(OnFake):
     """What the contract has to make sessions with, without its tests."""
 
-    def fail_next(self, call, code, stage="start"):
-        """The next *call* fails."""
+    def fail_next(self, call, code, stage="start", times=1):
+        """The next *times* of *call* fail."""
         plan = self.api.plan
         with plan.lock:
-            plan.call, plan.code, plan.stage, plan.at, plan.times = call, code, stage, plan.counts[call] + 1, 1
+            plan.call, plan.code, plan.stage, plan.at, plan.times = call, code, stage, plan.counts[call] + 1, times
 
     def hold_back(self, *calls):
         """What is begun from now on stays pending until it is released."""
@@ -429,16 +436,42 @@ class TestRules(House):
         self.record.wait_for("on_closed", 2)
         assert all(type(what[1]) is ConnectionResetError for _, _, _, what in self.record.of("disconnect"))
 
-    def test_a_post_that_fails_is_told_and_leaves_nothing(self):
+    def test_a_post_that_fails_again_and_again_is_told_and_leaves_nothing(self):
         queue = self.queue(2)
         ran = []
-        self.fail_next("PostQueuedCompletionStatus", 1450)
+        self.fail_next("PostQueuedCompletionStatus", 1450, times=5)
         with pytest.raises(OSError, match="PostQueuedCompletionStatus failed: text of 1450"):
             queue.engine.post(ran.append, "refused")
         for number in range(3):
             assert queue.engine.post(ran.append, number)
         self.record.wait(lambda: 2 in ran, "the last event that was taken")
         assert sorted(ran, key=str) == [0, 1, 2]
+
+    # -- timers -------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("threads", [1, 2, 3, 4, 8])
+    def test_a_timer_that_is_far_away_wakes_nobody_over_and_over(self, threads):
+        """One worker sleeps until it is due. The port gives a packet to who slept last, so none reaches all of them."""
+        queue = self.queue(threads)
+        before = self.api.plan.counts["PostQueuedCompletionStatus"]
+        queue.call_later(1000, int)
+        self.elapse(queue, 0.2)
+        assert self.api.plan.counts["PostQueuedCompletionStatus"] - before < 4 * threads
+
+    @pytest.mark.parametrize("threads", [2, 3, 8])
+    def test_timers_are_called_in_time_while_all_threads_but_one_are_busy(self, threads):
+        """Whoever keeps the time hands that on before it does anything else."""
+        queue = self.queue(threads)
+        go, ticks = threading.Event(), []
+        queue.every(0.01, ticks.append, None)
+        try:
+            for blocked in range(1, threads):
+                assert queue.post(lambda: (self.record.add("blocked"), go.wait(DEADLINE)))
+                self.record.wait_for("blocked", blocked)
+                seen = len(ticks)
+                self.record.wait(lambda: len(ticks) >= seen + 5, "five ticks with %d threads blocked" % blocked)
+        finally:
+            go.set()
 
     # -- 3: cancelling only asks --------------------------------------------------------------------------------------
 
@@ -478,6 +511,40 @@ class TestRules(House):
         feeder.join(DEADLINE)
         assert self.record.packets() == [b"x" * size, b"y"]
         assert not self.api.plan.counts["CancelIoEx"]
+
+    @pytest.mark.parametrize("way", ["a streamed answer that closes", "a stop"])
+    def test_a_buffer_that_is_received_into_stays_leased_after_a_pause(self, way):
+        """RULES IOCP 1. Http that parses no more gives back what it holds; the receive was armed before the pause."""
+        requests = []
+        server, _ = self.serve(lambda session, request: (requests.append(request), self.record.add("request")),
+                               framing=leviathan.Http())
+        client = self.client(server.listeners[0])
+        client.sendall(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\nGET /b HT")
+        self.record.wait_for("request")
+        session = self.record.of("connect")[0][1]
+        self.record.wait(lambda: session.partial is not None and session.link.receiving)
+        if way == "a stop":
+            server.close()
+            self.record.wait(lambda: session.protocol.done)
+            session.pause()
+            session.resume()
+            self.on_thread(session, int)
+            client.sendall(b"what comes then")
+            self.record.wait(lambda: server.queue.statistics()["receives"] == 2)
+            assert requests[0].reply(b"answered")
+        else:
+            self.hold_back("WSASend")
+            stream = requests[0].stream(200, {"Connection": "close"})
+            stream.write(b"x" * 10)
+            stream.write(b"x" * 200000)
+            self.record.wait(lambda: session.paused & leviathan.PAUSED_UNSENT)
+            self.api.release("WSASend")
+            assert self.read(client, 200000)
+            self.record.wait(lambda: not session.paused & leviathan.PAUSED_UNSENT)
+            client.sendall(b"what comes then")
+            self.record.wait(lambda: server.queue.statistics()["receives"] == 2)
+            stream.close()
+        assert not self.api.wrong
 
     def test_the_end_that_comes_in_a_pause_is_told_after_it(self):
         _, session, client = self.pair()
@@ -722,6 +789,26 @@ class TestRules(House):
         session.resume()
         client.sendall(self.packed(b"y"))
         self.record.wait_for("packet", 2)
+
+    def test_a_chunk_longer_than_a_wsabuf_can_say_goes_in_parts(self, monkeypatch):
+        monkeypatch.setattr(leviathan_win, "SEND_MAX", 100000)
+        _, session, client = self.pair()
+        data = bytes(range(256)) * 1000
+        session.write(data)
+        assert self.read(client, len(data)) == data
+        assert self.api.sizes("WSASend") == [100000, 100000, 56000]
+
+    def test_no_pressure_is_told_of_behind_the_end(self):
+        """Two workers: one finds that less is unsent, another one closes the session before that is told."""
+        _, session, client = self.pair(queue=self.queue(2), on_backpressure=lambda session, congested:
+                                       self.record.add("pressure", session, congested))
+        session.abort()
+        self.ended(session)
+        session.link.pressed = False
+        session.paused |= leviathan.PAUSED_UNSENT
+        session.worker._press(session)
+        self.elapse(session.communicator.queue, 0.01)
+        assert not self.record.count("pressure")
 
     def test_a_sendbuf_goes_back_at_the_completion(self):
         self.hold_back("WSASend")

@@ -901,6 +901,22 @@ def test_connect_timeout(serve, harness):
     eventually(lambda: client.manager.statistics()["sessions"] == 0)
 
 
+def test_a_connect_timeout_that_comes_before_the_engine_has_the_session(serve, monkeypatch):
+    """There is nothing yet that it could end; whoever hands the session over looks again."""
+    server, client = serve(), serve(listen=False)
+    engine, failures = client.queue.engine, Log()
+    connect = engine.connect
+
+    def late(session, *args):
+        session.connector._timed_out(session.connector._attempts)
+        connect(session, *args)
+
+    monkeypatch.setattr(engine, "connect", late)
+    client.communicator.connect(*server.address, on_failure=lambda connector, error: failures.add(error))
+    assert [type(error) for error in failures.wait()] == [TimeoutError]
+    eventually(lambda: client.manager.statistics()["sessions"] == 0)
+
+
 def test_connect_wait_timeout(serve, harness, monkeypatch):
     client = serve(listen=False, start=False)           # its thread does not run: nothing happens
     connector = client.communicator.connect("127.0.0.1", free_port())
@@ -1278,6 +1294,31 @@ def test_a_timer_set_by_another_thread_wakes_the_sleeper(harness):
     assert ran.wait() == ["soon"]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("seconds", [30 * 86400, 1e12, float("inf")])
+def test_a_timer_may_be_as_far_away_as_one_likes(harness, caplog, seconds, threads):
+    """Longer than one wait of the system can be, which is 24 days for epoll."""
+    queue = harness.queue(threads)
+    queue.start()
+    ran = Log()
+    never = queue.call_later(seconds, ran.add, "never")
+    queue.post(ran.add, "posted")
+    ran.wait(1)
+    queue.call_later(0.01, ran.add, "soon")
+    ran.wait(2)
+    queue.call_later(0.01, ran.add, "later")            # meanwhile that one was the first again
+    assert ran.wait(3) == ["posted", "soon", "later"]
+    never.cancel()
+    assert not caplog.records
+
+
+def test_not_a_number_is_no_time(harness):
+    queue = harness.queue(1)
+    for when in (queue.call_later, queue.every):
+        with pytest.raises(ValueError):
+            when(float("nan"), print)
+
+
 def test_every_repeats_until_cancelled(harness):
     queue = harness.queue(2)
     queue.start()
@@ -1574,6 +1615,22 @@ print(listener.address[1], flush=True)
 print(leviathan.run(server), signal.getsignal(signal.SIGTERM) == before,
       leviathan.default_manager().statistics()["sessions"], flush=True)
 """
+
+
+def test_a_default_timeout_of_sockets_ends_nothing(harness):
+    """Programs set it for urllib and its like; `run` waits for as long as it takes."""
+    server = leviathan.Communicator(LengthPrefix(4), leviathan.echo, queue=harness.queue(1), manager=harness.manager())
+    socket.setdefaulttimeout(0.05)
+    try:
+        address = server.listen(0).address
+        server.queue.call_later(0.2, server.close)
+        client = harness.connect(address)
+        client.sendall(frame(b"x"))
+        began = time.monotonic()
+        assert leviathan.run(server) and time.monotonic() - began > 0.15
+        assert read_frame(client) == b"x"
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 @pytest.mark.parametrize("number", STOPS)

@@ -40,6 +40,7 @@ ONLY_IOCP = {
     "Worker": {
         "_patience": "the port wants milliseconds", "_event": "what was posted comes as a packet",
         "_timed_out": "the port fails when the time is over",
+        "_is_kept": "one of the workers wakes for the timers", "_keep_time": "as _is_kept",
         "_attend": "a session has an owner for a while", "_serve": "as _attend", "_let_go": "as _attend",
         "_arm_accept": "AcceptEx is begun before anybody comes", "_accepted": "its completion", "_let_in": "room or no room",
         "_connected": "on the owner, what `_dialled` has taken from the port", "_fail": "ends in `_settle`",
