@@ -751,7 +751,7 @@ class Request:
     def __init__(self, method: str = "GET", target: str = "/", headers: Any = None, body: Union[BytesLike, str] = b"") -> None:
         self._head = _Head(method, target, "1.1", headers if isinstance(headers, Headers) else Headers(headers or ()))
         self.session: Any = None
-        self.body: bytes = body.encode("utf-8") if isinstance(body, str) else bytes(body)
+        self.body: bytes = body.encode("utf-8") if isinstance(body, str) else _octets(body)
         self.trailers = _NO_HEADERS
         self._state = _OPEN                 # its connection's lock guards this and the next two
         self._parts: Optional[List[Tuple[Tuple[bytes, ...], Optional[OnSent]]]] = None      # answered before its turn
@@ -837,7 +837,7 @@ class ResponseStream:
 
     def write(self, data: Union[BytesLike, str], on_sent: Optional[OnSent] = None) -> bool:
         """Send a piece; nothing of length 0. False if the connection has ended. ValueError: closed, or too much."""
-        data = data.encode("utf-8") if isinstance(data, str) else bytes(data)
+        data = data.encode("utf-8") if isinstance(data, str) else _octets(data)
         with self._lock:
             if self._closed:
                 raise ValueError("the answer to %r is closed" % self.request)
@@ -908,7 +908,7 @@ class _Exchange:
         self.lock = threading.Lock()        # guards the next seven
         self.pending: Deque[Request] = deque()      # a server's: received, not answered to the end; a client's: sent
         self.calm = True                    # none of the following is so
-        self.held = False                   # receiving pauses because so many are pending
+        self.held = False                   # receiving pauses because so many are pending; a client's: its last is sent
         self.due = False                    # 100 Continue is to be sent when nothing is pending
         self.gone = False                   # the connection has ended
         self.waiting = 0                    # bytes of answers that wait for an earlier one
@@ -1201,12 +1201,19 @@ class Http(StatefulFraming):
                 exchange.due = False
                 exchange.calm = not (exchange.held or exchange.eof)
                 session._queue((b"HTTP/1.1 100 Continue\r\n\r\n",), None)
+                session.communicator.queue.engine.run_on_owner(session, self._restart_deadline, session)
             if exchange.eof:
                 self._finish(session, exchange)
         if exchange.held and len(pending) <= self.max_pipelined // 2:
             exchange.held = False
             exchange.calm = not (exchange.due or exchange.eof)
             session.resume_for(PAUSED_PIPELINED)
+
+    @staticmethod
+    def _restart_deadline(session: Session) -> None:
+        """It was we who let the body wait."""
+        if session.since:
+            session.since = time.monotonic()
 
     def _finish(self, session: Session, exchange: _Exchange) -> None:
         """The last answer is queued: close behind it. The lock is held."""
@@ -1299,12 +1306,13 @@ class Http(StatefulFraming):
             packet = Response(200, kind, packet)
         status, body = packet.status, packet.body
         start = self._start(status)
+        self._check_tunnel(head, status)
         block, typed, dated, closes, length = self._lines(packet.headers)
         if isinstance(body, str):
             body = body.encode("utf-8")
             if not typed:
                 block += b"Content-Type: text/plain; charset=utf-8\r\n"
-        body = b"" if body is None else body if type(body) is bytes else bytes(body)
+        body = b"" if body is None else _octets(body)
         if dated:
             start = self._status_line(status)
         if status < 200:                    # interim: the answer is still to come. HTTP/1.0 does not know it.
@@ -1325,6 +1333,11 @@ class Http(StatefulFraming):
         return (data + body,) if len(body) <= SEND_INLINE else (data, body), _ANSWERED, closes
 
     @staticmethod
+    def _check_tunnel(head: _Head, status: int) -> None:
+        if head.method == "CONNECT" and 200 <= status < 300:
+            raise ValueError("%d to CONNECT begins a tunnel (RFC 9110 section 9.3.6), which Http cannot be" % status)
+
+    @staticmethod
     def _connection(head: _Head, closes: bool) -> bytes:
         return b"Connection: close\r\n" if closes else b"Connection: keep-alive\r\n" if head.version == "1.0" else b""
 
@@ -1333,6 +1346,7 @@ class Http(StatefulFraming):
         head = request._head
         start = self._start(status)
         block, _, dated, closes, length = self._lines(headers)
+        self._check_tunnel(head, status)
         if status < 200:
             raise ValueError("an answer in pieces has a final status")
         if dated:
@@ -1374,7 +1388,7 @@ class Http(StatefulFraming):
         if exchange is None:
             return False
         with exchange.lock:
-            if exchange.gone or exchange.done:
+            if exchange.gone or exchange.done or exchange.held:
                 return False
             exchange.pending.append(packet)
             if on_sent is None and len(chunks) == 1:
@@ -1383,6 +1397,8 @@ class Http(StatefulFraming):
                 done = session._queue(chunks, on_sent)
             if not done:
                 exchange.pending.pop()
+            elif closes:
+                exchange.held = True        # RFC 9112 section 9.6: nothing is sent behind it
             return bool(done)
 
     # -- owner thread: receiving --------------------------------------------------------------------------------------
@@ -1440,7 +1456,7 @@ class Http(StatefulFraming):
                 if not stop:
                     break
                 if self.client:
-                    start = self._deliver(session, exchange, buffer, start, stop, on_packet)
+                    start = self._deliver(session, exchange, buffer, start, stop, end, on_packet)
                 else:
                     session.direct = not start and stop == end
                     start = self._dispatch(session, exchange, buffer, start, stop, on_packet, fail)
@@ -1482,7 +1498,7 @@ class Http(StatefulFraming):
             self._hold(session, exchange)
         return stop
 
-    def _deliver(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int,
+    def _deliver(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int, end: int,
                  on_packet: OnPacket) -> int:
         """Hand a whole response to the handler. Returns where the next message begins."""
         response = exchange.head
@@ -1493,9 +1509,12 @@ class Http(StatefulFraming):
         exchange.reset()
         with exchange.lock:
             exchange.pending.popleft()
-            if not response.keep_alive:
+            extra = stop < end and response.keep_alive and not exchange.pending
+            if extra or not response.keep_alive:
                 exchange.done = True
         on_packet(session, response)
+        if extra:                           # RFC 9112 section 6.3: never an answer to what is sent only now
+            raise HttpError(400, "a response that nobody has asked for")
         if exchange.done and not exchange.eof:
             session.close()
         return stop
@@ -1512,6 +1531,10 @@ class Http(StatefulFraming):
         """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         exchange.done = True
+        if request._state == _STREAMED and session.reason is None:
+            _log().error("a callback failed for %s; aborting it", _address_text(session.peer), exc_info=error)
+            session.end(False, Reason.ERROR, error)         # or half an answer would be taken for a whole one
+            return
         if request._state != _OPEN or session.reason is not None:
             fail(session, error)
             return
@@ -1538,6 +1561,8 @@ class Http(StatefulFraming):
         *exchange* knows what an earlier call has found of the same message.
         """
         if exchange.head is None:
+            if self.client and session is not None and not exchange.pending:
+                raise HttpError(400, "a response that nobody has asked for")
             skip = seen - 3 if seen > 3 else 0          # the end may have been cut in four
             first = start + skip
             part = buffer[first:end if end - first < HEAD_KEPT_MAX else first + HEAD_KEPT_MAX]
@@ -1621,7 +1646,7 @@ class Http(StatefulFraming):
                 if target[0] != "/" or method == "CONNECT":
                     self._check_target(method, target)
                 head = _Head(method, target, "1.1", headers)
-                head.plain = method != "HEAD"
+                head.plain = method not in ("HEAD", "CONNECT")
                 return head
         text = data[:-2].decode("latin-1")
         found = self._request_rule(text)
@@ -1666,7 +1691,7 @@ class Http(StatefulFraming):
                 raise HttpError(417, "the expectation %r" % expected[:64])
             head.expects = True
         ordinary = head.keep_alive and head.version != "1.0"
-        head.plain = ordinary and method != "HEAD"
+        head.plain = ordinary and method not in ("HEAD", "CONNECT")
         if ordinary and not (lengths or codings or expected) and len(fields) <= HEAD_KEPT_MAX and self.heads_kept:
             if len(self._ordinary) >= self.heads_kept:
                 self._ordinary.clear()
@@ -1924,10 +1949,11 @@ class _RespState:
     """What is remembered of a connection: how far the packet that is incomplete was read, and who waits for a reply."""
 
     __slots__ = ("version", "at", "seen", "bulk", "kind", "left", "items", "stack", "lock", "pending", "subscribed", "pushes",
-                 "attributes")
+                 "attributes", "paused")
 
     def __init__(self) -> None:
         self.version = 2
+        self.paused = False                 # a handler paused in the middle of what was received
         self.at = 0                         # bytes of the incomplete packet that need not be read again
         self.seen = 0                       # bytes behind them that hold no end of a line
         self.bulk = -1                      # size of the bulk that comes next, its content not all there; -1: none
@@ -2092,9 +2118,10 @@ def _resp_words(line: bytes) -> List[bytes]:
                     at += 1
                     digits = line[at:at + 2]
                     if char == b"x" and len(digits) == 2 and not digits.strip(b"0123456789abcdefABCDEF"):
-                        char = bytes((int(digits, 16),))
+                        word.append(int(digits, 16))
                         at += 2
-                    word += _ESCAPES.get(char, char)
+                    else:
+                        word += _ESCAPES.get(char, char)
                 elif char == b"\\" and line[at:at + 1] == b"'":
                     word += b"'"
                     at += 1
@@ -2531,10 +2558,12 @@ class Resp(StatefulFraming):
                 if state.at or state.seen:
                     start = slowly(session, state, buffer, 0, end, True)
                 if start != end and not (state.at or state.seen or session.paused):
-                    if end - start <= limit:
+                    # Who pauses at each packet would have all that is left split again for each: quadratic.
+                    if end - start <= limit and not state.paused:
                         start = fast(session, buffer[start:end], end)
                     if start != end and not session.paused:
                         start = slowly(session, state, buffer, start, end, False)
+                state.paused = start != end and bool(session.paused)
             except BaseException as error:
                 fail(session, error)
             if start != end or session.partial is not None:
@@ -2667,8 +2696,9 @@ class Resp(StatefulFraming):
             state = session.protocol
             pending = state.pending
             entry = pending[0] if pending else None
-            if type(reply) is list and reply and not state.pushes and (state.subscribed or type(entry) is _Subscribing) \
+            if type(reply) is list and reply and (state.subscribed and not state.pushes or type(entry) is _Subscribing) \
                     and type(reply[0]) is bytes and reply[0] in _MESSAGES:
+                state.pushes = False        # perhaps again: HELLO 2
                 reply = Push(reply)         # RESP2 has no type for it: in subscriber mode it is known by its first item
             elif type(reply) is Push:
                 state.pushes = True
@@ -2683,7 +2713,10 @@ class Resp(StatefulFraming):
             else:
                 if pending:
                     pending.popleft()
-                if type(entry) is _Subscribing:         # refused
+                if type(entry) is _Subscribing:         # refused; or it was RESET
+                    if entry.name == b"reset" and reply == "RESET":
+                        state.subscribed.clear()
+                        state.pushes = False
                     entry = entry.callback
                 (on_packet if entry is None else entry)(session, reply)
 
@@ -2728,10 +2761,10 @@ def _is_double(digits: bytes) -> bool:
 def _subscription(command: Sequence[Any]) -> bytes:
     """The name in small letters of a command that changes subscriptions, else b""."""
     name = command[0]
-    if (type(name) is str or type(name) is bytes) and len(name) < 9:
+    if (type(name) is str or type(name) is bytes) and len(name) < 9 and len(name) != 5:
         return b""                          # nearly all of them, and a third of the time
     data = _resp_argument(name).lower()
-    return data if data in _CONFIRMS else b""
+    return data if data in _CONFIRMS or data == b"reset" else b""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4100,6 +4133,8 @@ class Communicator:
         for session in self.sessions:
             if session.state is not State.OPEN or not session.last:
                 continue
+            if session.paused & (PAUSED_USER | PAUSED_PIPELINED | PAUSED_MEMORY):
+                session.last = now          # it is we who do not read
             if self.idle_timeout and now - session.last > self.idle_timeout:
                 error = TimeoutError("nothing received for %.3g s" % self.idle_timeout)
             elif self.packet_timeout and session.since and not session.paused and \

@@ -1187,6 +1187,7 @@ class Worker:
             return
         self.sends += 1
         self.sent += sent
+        session.last = self.now             # a peer that takes what it is sent is not idle
         operation.done += sent
         session.unsent -= sent
         if session.marks is not None:

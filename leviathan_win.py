@@ -58,7 +58,7 @@ ACCEPTS = 8             # accepts armed for each listener (RULES: IOCP 5)
 INBOX_MAX = 1 << 14     # a session whose receives fill its RecvBuf gets one twice as large, up to this ...
 INBOX_CALM = 32         # ... until so many in a row would have fitted a quarter of it
 JOIN_MAX = 1 << 17      # what is queued is joined into one send up to this size; a larger chunk goes alone, uncopied
-SEND_MAX = 1 << 30      # a WSABUF's length has 32 bits
+SEND_MAX = 1 << 20      # bytes of one WSASend: who takes that much in idle_timeout is not idle, and its length has 32 bits
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
 ACCEPT_PAUSE = 0.1      # seconds without accepting after WSAEMFILE, doubled each time ...
@@ -1293,7 +1293,7 @@ class Worker:
             sending = session.sending
             sending.done += transferred
             session.unsent -= transferred
-            link.sent_at = self.now
+            link.sent_at = session.last = self.now          # a peer that takes what it is sent is not idle
             if session.marks is not None:
                 session.progress(transferred)
             if not code and sending.done < sending.wanted and not session.aborted:

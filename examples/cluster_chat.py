@@ -27,7 +27,7 @@ def main():
 
     def on_push(session, push):
         if push.kind == b"message":
-            chat.broadcast(push[2])                     # from any machine, this one too
+            chat.broadcast(push[2].replace(b"\n", b" "))  # from any machine, and from whoever else publishes
 
     def on_subscribed(session, reply):
         if isinstance(reply, leviathan.Push):

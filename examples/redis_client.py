@@ -31,6 +31,9 @@ def main():
             print("unanswered: %s" % replies, flush=True)
             return
         visits, status, last, error = replies       # an error is a value like the others
+        if isinstance(visits, leviathan.RespError):             # LOADING, NOAUTH, OOM ...
+            print("refused: %s" % visits.message, flush=True)
+            return
         print("visit %d, %s %s, %s" % (visits, status, last.decode(), error.code), flush=True)
         answered.append(visits)
         if len(answered) == args.count:

@@ -66,7 +66,7 @@ def remove(key):
 
 
 def whole(word):
-    if not re.fullmatch(rb"-?\d{1,19}", word):
+    if not re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", word) or not -1 << 63 <= int(word) < 1 << 63:
         raise NO_INTEGER
     return int(word)
 
@@ -140,7 +140,8 @@ def quit_(session, words):
 # ---- keys and strings
 
 def matches(pattern, name):
-    return fnmatch.fnmatchcase(name.decode("latin-1"), pattern.decode("latin-1"))
+    pattern = re.sub(r"\\(.)", r"[\1]", pattern.decode("latin-1").replace("[^", "[!"))      # Redis' spelling of the same
+    return fnmatch.fnmatchcase(name.decode("latin-1"), pattern)
 
 
 @command("GET", 2)
@@ -157,7 +158,10 @@ def set_(session, words):
             expires.pop(key, None)
         return "OK"
     options = [word.upper() for word in words[3:]]
+    find(key, None)                     # what is over has no time left to keep
     ends = expires.get(key) if b"KEEPTTL" in options else None
+    if sum(map(options.count, (b"EX", b"PX", b"KEEPTTL"))) > 1:
+        return SYNTAX
     unless, only, old = b"NX" in options, b"XX" in options, b"GET" in options
     while options:
         option = options.pop(0)
@@ -217,7 +221,8 @@ def strlen(session, words):
 
 
 def add(key, amount):
-    number = whole(find(key) or b"0") + amount
+    value = find(key)
+    number = (0 if value is None else whole(value)) + amount
     if not -1 << 63 <= number < 1 << 63:
         return RespError("ERR increment or decrement would overflow")
     data[key] = b"%d" % number
@@ -328,6 +333,8 @@ def pop(words, at):
     if items is None:
         return None
     count = whole(words[2]) if len(words) > 2 else 1
+    if count < 0:
+        return RespError("ERR value is out of range, must be positive")
     taken = [items.pop(at) for _ in range(min(count, len(items)))]
     kept(words[1])
     return taken if len(words) > 2 else taken[0]
@@ -342,7 +349,7 @@ command("LLEN", 2)(lambda session, words: len(find(words[1], list) or ()))
 def lrange(session, words):
     items = find(words[1], list) or []
     first, last = whole(words[2]), whole(words[3])
-    return items[max(0, first + len(items)) if first < 0 else first:(last + len(items) if last < 0 else last) + 1]
+    return items[max(0, first + len(items)) if first < 0 else first:max(0, (last + len(items) if last < 0 else last) + 1)]
 
 
 @command("LINDEX", 3)
@@ -376,6 +383,8 @@ def hdel(session, words):
 def hincrby(session, words):
     fields = find(words[1], dict) or {}
     number = whole(fields.get(words[2], b"0")) + whole(words[3])
+    if not -1 << 63 <= number < 1 << 63:
+        return RespError("ERR increment or decrement would overflow")
     make(words[1], dict)[words[2]] = b"%d" % number
     return number
 
@@ -434,7 +443,8 @@ def publish(session, words):
     return count
 
 
-IN_RESP2 = {b"SUBSCRIBE", b"UNSUBSCRIBE", b"PSUBSCRIBE", b"PUNSUBSCRIBE", b"PING", b"QUIT"}
+SUBSCRIBING = {b"SUBSCRIBE", b"UNSUBSCRIBE", b"PSUBSCRIBE", b"PUNSUBSCRIBE"}
+IN_RESP2 = SUBSCRIBING | {b"PING", b"QUIT"}
 
 
 # ---- transactions
@@ -484,6 +494,8 @@ def on_command(session, words):
         reply = RespError("ERR unknown command '%s'" % words[0][:128].decode("utf-8", "replace"))
     elif not least <= len(words) <= most:
         reply = RespError("ERR wrong number of arguments for '%s' command" % words[0].decode().lower())
+    elif me.queued is not None and words[0].upper() in SUBSCRIBING:
+        reply = RespError("ERR Command not allowed inside a transaction")
     elif me.queued is not None and function not in AT_ONCE:
         me.queued.append((function, words))
         reply = "QUEUED"
@@ -492,7 +504,7 @@ def on_command(session, words):
                           "allowed in this context" % words[0].decode().lower())
     else:
         reply = answer(session, function, words)
-    if type(reply) is RespError:
+    if type(reply) is RespError and function is not multi:
         me.wrong = True
     if reply is not NotImplemented:
         session.send(reply)

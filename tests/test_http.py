@@ -1504,3 +1504,18 @@ def test_wrk(serve):
     out = run(wrk, "-t1", "-c20", "-d1s", "http://%s:%d/" % server.address).stdout.decode()
     assert "Non-2xx" not in out and "Socket errors" not in out, out
     assert int(re.search(r"(\d+) requests in", out).group(1)) > 100
+
+
+def test_a_head_with_a_body_is_never_known():
+    head = POST + b"Content-Length: 5\r\n\r\n"
+    driven = Driven(Http())
+    for _ in range(3):
+        driven.feed(head).feed(b"GET /")                # the body in a receive of its own
+    assert [request.body for request in driven.packets] == [b"GET /"] * 3 and driven.errors == []
+
+
+def test_after_a_request_that_closes_nothing_more_is_parsed_though_its_answer_comes_late():
+    requests = []
+    driven = Driven(Http(), lambda session, request: requests.append(request))
+    driven.feed(b"GET /1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" + GET).feed(GET)
+    assert [request.target for request in requests] == ["/1"]
