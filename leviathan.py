@@ -285,9 +285,36 @@ class StatefulFraming(Framing):
 
 
 def _check_max(max_packet: int, least: int = 1) -> int:
-    if not least <= max_packet <= 1 << LARGEST_CLASS:
-        raise ValueError("max_packet is %r; it must be %d to %d bytes" % (max_packet, least, 1 << LARGEST_CLASS))
+    _check_whole("max_packet", max_packet, least, 1 << LARGEST_CLASS)
     return max_packet
+
+
+def _check_whole(name: str, value: Any, least: int, most: Optional[int] = None) -> None:
+    """TypeError for what is no whole number, ValueError for one that is out of range."""
+    if not isinstance(value, int):
+        raise TypeError("%s must be a whole number, not %r" % (name, value))
+    if value < least or most is not None and value > most:
+        raise ValueError("%s is %d; it must be %d %s" % (name, value, least, "or more" if most is None else "to %d" % most))
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    """TypeError for what is no number, ValueError for a negative one and for NaN."""
+    if not isinstance(value, (int, float)):
+        raise TypeError("%s must be a number of seconds, not %r" % (name, value))
+    if not value >= 0:
+        raise ValueError("%s is %r; it must be 0 or more seconds" % (name, value))
+
+
+def _check_callable(name: str, value: Any) -> None:
+    """TypeError for what is no function."""
+    if not callable(value):
+        raise TypeError("%s must be a function, not %r" % (name, value))
+
+
+def _check_bytes(name: str, value: Any) -> None:
+    """TypeError for what is not bytes: a str above all."""
+    if not isinstance(value, (bytes, bytearray)):
+        raise TypeError("%s must be bytes, like b\"\\n\", not %r" % (name, value))
 
 
 def _octets(packet: BytesLike) -> bytes:
@@ -307,12 +334,11 @@ class LengthPrefix(Framing):
 
     def __init__(self, size: int = 4, *, byteorder: str = "big", offset: int = 0, adjust: int = 0, strip: bool = True,
                  max_packet: int = MAX_PACKET) -> None:
-        if size not in range(1, 9):
-            raise ValueError("size is %r; a length has 1 to 8 bytes" % (size,))
+        _check_whole("size", size, 1, 8)
+        _check_whole("offset", offset, 0)
+        _check_whole("adjust", adjust, -1 << 64)
         if byteorder not in ("big", "little"):
             raise ValueError("byteorder is %r; it must be 'big' or 'little'" % (byteorder,))
-        if offset < 0:
-            raise ValueError("offset is %r; it must be 0 or more" % (offset,))
         if strip and offset:
             raise ValueError("with an offset the header has more in it than the length: use strip=False")
         self.size, self.byteorder, self.offset, self.adjust, self.strip = size, byteorder, offset, adjust, strip
@@ -446,6 +472,8 @@ class TextLength(Framing):
 
     def __init__(self, end: bytes = b",", *, trailer: bytes = b"", strip: bool = True,
                  max_packet: int = MAX_PACKET) -> None:
+        _check_bytes("end", end)
+        _check_bytes("trailer", trailer)
         if len(end) != 1 or end.isdigit():
             raise ValueError("end is %r; it must be one byte that is no digit" % (end,))
         self.end, self.trailer, self.strip = end, trailer, strip
@@ -492,6 +520,7 @@ class Delimited(Framing):
     """
 
     def __init__(self, delimiter: bytes = b"\r\n", *, strip: bool = True, max_packet: int = 1 << 16) -> None:
+        _check_bytes("the delimiter", delimiter)
         if not delimiter:
             raise ValueError("the delimiter must not be empty")
         self.delimiter, self.strip = bytes(delimiter), strip
@@ -547,8 +576,7 @@ class FixedSize(Framing):
     """Packets of *size* bytes each."""
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError("size is %r; it must be 1 byte or more" % (size,))
+        _check_whole("size", size, 1)
         self.size = self.max_packet = _check_max(size)
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
@@ -579,6 +607,7 @@ class Function(Framing):
     """
 
     def __init__(self, function: Callable[[memoryview], int], *, max_packet: int = MAX_PACKET) -> None:
+        _check_callable("parse(view) -> int", function)
         self.function = function
         self.max_packet = _check_max(max_packet)
 
@@ -2826,10 +2855,10 @@ class SessionManager:
     def __init__(self, max_sessions: int = 10000, recv_buffer: int = RECV_BUFFER,
                  classes: Optional[Dict[int, int]] = None, send_operations: int = 1,
                  memory_limit: int = MEMORY_LIMIT) -> None:
-        if max_sessions < 1 or send_operations < 1:
-            raise ValueError("max_sessions and send_operations must be 1 or more")
-        if not RECV_LEAST <= recv_buffer <= 1 << LARGEST_POOLED:
-            raise ValueError("recv_buffer is %r; it must be %d to %d bytes" % (recv_buffer, RECV_LEAST, 1 << LARGEST_POOLED))
+        _check_whole("max_sessions", max_sessions, 1)
+        _check_whole("send_operations", send_operations, 1)
+        _check_whole("recv_buffer", recv_buffer, RECV_LEAST, 1 << LARGEST_POOLED)
+        _check_whole("memory_limit", memory_limit, 1)
         self.max_sessions, self.recv_buffer, self.memory_limit = max_sessions, recv_buffer, memory_limit
         self._poison = bool(os.environ.get("LEVIATHAN_DEBUG"))
         self._lock = threading.Lock()       # guards all of the following
@@ -3686,7 +3715,10 @@ class _Core:
     @staticmethod
     def on_failed(function: Any, error: BaseException) -> None:
         """An event's or a timer's function raised; its thread goes on."""
-        _log().error("%s failed", _name_of(function), exc_info=error)
+        try:
+            _log().error("%s failed", _name_of(function), exc_info=error)
+        except Exception:                   # a log handler of the program's; this is the last line of defence
+            sys.stderr.write("leviathan: %s failed: %r, and so did logging\n" % (_name_of(function), error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3741,8 +3773,7 @@ class EventQueue:
 
     def __init__(self, threads: Optional[int] = None, name: str = "leviathan") -> None:
         self.threads = _default_threads() if threads is None else threads
-        if self.threads < 1:
-            raise ValueError("threads is %r; a queue has 1 or more" % (threads,))
+        _check_whole("threads", self.threads, 1)
         self.name = name
         self._lock = threading.Lock()       # guards the rest
         self._made: Any = None              # set once: who finds it need not ask again with the lock
@@ -3765,12 +3796,15 @@ class EventQueue:
         """Start the threads. A second start does nothing; a stopped queue cannot be started: RuntimeError."""
         with self._lock:
             self._check()
+        _log()                              # imported by now: when descriptors have run out it could not be
         self.engine.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: Optional[float] = None) -> bool:
         """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own.
 
         Its Communicators listen and connect no more. Nothing is drained: that is what CommunicatorList.stop is for.
+        False, and a line in the log, if a thread has not ended after *timeout* seconds (None: no limit), because a callback
+        has not returned; it ends when that does, or with the program.
         """
         if self._is_here():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
@@ -3779,21 +3813,28 @@ class EventQueue:
             made, connectors = self._made, list(self._connectors)
         for connector in connectors:
             connector._give_up()            # who waits for it would wait for ever
-        if made is not None:
-            made.stop()
+        left = [] if made is None else made.stop(timeout)
+        for thread in left:
+            callback = _callback_of(thread)
+            if callback:                    # else it only waits for one of the others
+                _log().error("%s has not returned after %.3g s: its thread, %s, stays behind", callback, timeout, thread.name)
+        return not left
 
     def post(self, function: Callable[..., Any], *args: Any) -> bool:
         """Call function(*args) on whichever thread is idle, once. Any thread. False when the queue has stopped."""
+        _check_callable("function", function)
         return bool(self.engine.post(_watched(function), *args))
 
     def call_later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) in *seconds*, unless the queue stops before. Returns a handle with `cancel()`."""
+        _check_callable("function", function)
         if seconds != seconds:
             raise ValueError("seconds is %r" % (seconds,))
         return self.engine.call_later(max(0.0, seconds), 0.0, _watched(function), *args)
 
     def every(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) every *seconds*, never twice at once. Returns a handle with `cancel()`."""
+        _check_callable("function", function)
         if not seconds > 0:
             raise ValueError("seconds is %r; it must be more than 0" % (seconds,))
         return self.engine.call_later(seconds, seconds, _watched(function), *args)
@@ -3820,6 +3861,17 @@ class EventQueue:
     def _forget(self, connector: Connector) -> None:
         with self._lock:
             self._connectors.discard(connector)
+
+
+def _callback_of(thread: threading.Thread) -> str:
+    """What a queue's thread has called outside of leviathan: "handler (server.py:12)", with the line it is at now; or ""."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    found = ""
+    while frame is not None:
+        if frame.f_globals.get("__name__") not in (__name__, _engine.__name__, "threading"):
+            found = "%s (%s:%d)" % (frame.f_code.co_name, frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back                # the outermost counts: what leviathan has called itself
+    return found
 
 
 SLOW_HANDLER = 0.1              # seconds: what LEVIATHAN_DEBUG reports
@@ -3943,12 +3995,22 @@ class Communicator:
                  max_clients: Optional[int] = None, idle_timeout: float = 0.0,
                  packet_timeout: float = PACKET_TIMEOUT, high_water: int = HIGH_WATER, low_water: int = LOW_WATER,
                  send_limit: int = SEND_LIMIT, name: str = "leviathan", tag: Any = None) -> None:
-        if not callable(on_packet):
-            raise TypeError("on_packet must be a function of a session and a packet")
+        _check_callable("on_packet", on_packet)
         if not isinstance(framing, Framing):
             if not callable(framing):
                 raise TypeError("framing must be a Framing or a function parse(view) -> int")
             framing = Function(framing)
+        for callback, function in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_eof", on_eof),
+                                   ("on_backpressure", on_backpressure)):
+            if function is not None:
+                _check_callable(callback, function)
+        for what, kind in ((queue, EventQueue), (manager, SessionManager)):
+            if what is not None and not isinstance(what, kind):
+                raise TypeError("it must be an %s, not %r" % (kind.__name__, what))
+        if max_clients is not None:
+            _check_whole("max_clients", max_clients, 0)
+        _check_seconds("idle_timeout", idle_timeout)
+        _check_seconds("packet_timeout", packet_timeout)
         if not 0 <= low_water <= high_water <= send_limit:
             raise ValueError("it must be 0 <= low_water <= high_water <= send_limit")
         self.framing: Framing = framing
@@ -3991,6 +4053,7 @@ class Communicator:
         Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
         """
         serve = serve or self
+        _check_whole("port", port, 0, 65535)            # getaddrinfo would take 65537 for 1
         if serve.max_clients == 0:
             raise ValueError("max_clients is 0: this Communicator takes no clients")
         if client_thread is None and serve is self:
@@ -4026,6 +4089,8 @@ class Communicator:
         """
         if unix:
             _unix_family()
+        else:
+            _check_whole("port", port, 1, 65535)
         connector = Connector(self, unix or (host, port), timeout, reconnect, bool(unix), thread, tag, on_failure)
         with self._lock:
             if self.closing:
@@ -4157,8 +4222,10 @@ class Connector:
     def __init__(self, communicator: Communicator, address: Any, timeout: float,
                  reconnect: Union[bool, Tuple[float, float]], unix: bool, thread: Optional[int], tag: Any,
                  on_failure: Optional[Callable[[Connector, BaseException], Any]]) -> None:
-        if timeout <= 0:
+        if not timeout > 0:
             raise ValueError("timeout is %r; it must be more than 0 seconds" % (timeout,))
+        if on_failure is not None:
+            _check_callable("on_failure", on_failure)
         # From 0.1 s, doubled up to 30 s: soon enough for a restart, seldom enough for an outage.
         first, longest = (0.1, 30.0) if isinstance(reconnect, bool) else reconnect
         if not 0 < first <= longest:
@@ -4166,6 +4233,8 @@ class Connector:
         self.communicator, self.address, self.unix, self.thread = communicator, address, unix, thread
         self.timeout, self.reconnect, self.first, self.longest = timeout, bool(reconnect), first, longest
         self.tag, self.on_failure = tag, _watched(on_failure)
+        import random                           # 1 ms, for those who connect out
+        self._jitter = random.uniform
         self._changed = threading.Condition()   # guards the rest
         self.session: Optional[Session] = None
         self.error: Optional[BaseException] = None
@@ -4355,11 +4424,10 @@ class Connector:
         if not self.reconnect:
             self._give_up()
             return
-        import random                       # 1 ms, for those who reconnect
         with self._changed:
             if self._gone:
                 return
-            pause = self._pause * random.uniform(0.5, 1.0)      # jitter: a thousand clients must not come at once
+            pause = self._pause * self._jitter(0.5, 1.0)        # a thousand clients must not come at once
             self._pause = min(self._pause * 2, self.longest)
             self._timer = self.communicator.queue.call_later(pause, self._attempt)
 
@@ -4496,7 +4564,8 @@ class CommunicatorList:
     def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
         """Stop listening, let what is queued leave for up to *timeout* seconds, abort the rest, end the threads.
 
-        Idle clients do not hold it. True if nothing had to be aborted. RuntimeError on a queue's own thread.
+        Idle clients do not hold it, and a callback that does not return holds it for *timeout*, a second at least. True if
+        nothing had to be aborted. RuntimeError on a queue's own thread.
         """
         if any(queue._is_here() for queue in self._queues):
             raise RuntimeError("a list cannot be stopped from a thread of its queues; close its Communicators instead")
@@ -4509,7 +4578,7 @@ class CommunicatorList:
                 _closings.changed.wait(min(0.25, max(0.0, end - time.monotonic())))
             drained = self._closed()
         for queue in self._queues:
-            queue.stop()
+            drained = queue.stop(max(1.0, end - time.monotonic())) and drained
         return drained
 
     def _closed(self) -> bool:

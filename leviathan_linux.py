@@ -239,7 +239,8 @@ class Engine:
     def __init__(self, core: Any, name: str, threads: int) -> None:
         self.core = core
         self.name = name
-        self.lock = threading.Lock()        # guards events, signalled, timers, cancelled, due, turn, started, stopped
+        # Guards events, signalled, timers, cancelled, due, turn, started, stopped and ended.
+        self.lock = threading.Lock()
         self.events: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = deque()    # (function, args) for any worker
         self.signalled = False              # wakeup is readable already
         self.timers: List[Timer] = []       # a heap by time
@@ -248,6 +249,7 @@ class Engine:
         self.turn = 0                       # round robin over the workers; also numbers the timers
         self.started = False
         self.stopped = False
+        self.ended = False                  # nothing is left
         self.late: List[threading.Thread] = []      # they run on_closed for sessions that came too late for a worker
         self.wakeup = Wakeup()              # watched by every worker: an event is there
         self.workers = [Worker(self, index) for index in range(threads)]
@@ -263,28 +265,37 @@ class Engine:
             for worker in self.workers:     # with the lock held: a `stop` must not join what is not started
                 worker.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: Optional[float] = None) -> List[threading.Thread]:
         """Abort every session, close every listener, run the events that are queued, end the threads and join them.
 
-        Raises RuntimeError when called from a worker, which cannot wait for itself.
+        Returns the threads that have not ended after *timeout* seconds (None: no limit), because what they call does not
+        return; they end when it does. Raises RuntimeError when called from a worker, which cannot wait for itself.
         """
         if self.on_worker():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
+        end = FOREVER if timeout is None else monotonic() + timeout
         with self.lock:
             first, self.stopped = not self.stopped, True        # from here on `post` answers False
-        for worker in self.workers:
-            if first:
-                worker.post(worker.shut)
-                if not self.started:
-                    worker.run()            # never had a thread: this one does what was queued, and closes
-            if self.started:
-                worker.thread.join()
+        for worker in self.workers if first else ():
+            worker.post(worker.shut)
+            if not self.started:
+                worker.run()                # never had a thread: this one does what was queued, and closes
+        left = self._join([worker.thread for worker in self.workers if self.started], end)
         with self.lock:
             late = [thread for thread in self.late if thread.ident != threading.get_ident()]
-        for thread in late:                 # what the workers have refused while they ended
-            thread.join()
-        if first:
+        left += self._join(late, end)       # what the workers have refused while they ended
+        with self.lock:
+            last, self.ended = not (left or self.ended), self.ended or not left
+        if last:
             self.wakeup.close()
+        return left
+
+    @staticmethod
+    def _join(threads: List[threading.Thread], end: float) -> List[threading.Thread]:
+        """Wait for threads until *end*; those that are still there."""
+        for thread in threads:
+            thread.join(None if end == FOREVER else max(0.0, end - monotonic()))
+        return [thread for thread in threads if thread.is_alive()]
 
     def statistics(self) -> Dict[str, int]:
         """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""

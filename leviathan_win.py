@@ -428,7 +428,7 @@ class Engine:
         self.core = core
         self.name = name
         # Guards events, timers, cancelled, turn, due, owned, listeners, accepted, connected, closed, started, stopped,
-        # stopping and ended.
+        # stopping, ended and port_closed.
         self.lock = threading.Lock()
         self.events: Deque[Tuple[Any, Any]] = deque()       # (function, args), or (None, target): read its mail
         self.timers: List[Timer] = []       # a heap by time
@@ -443,6 +443,7 @@ class Engine:
         self.stopped = False                # no more events are taken from outside
         self.stopping = False               # everything is being closed
         self.ended = False                  # nothing is left: the threads end
+        self.port_closed = False            # they have
         api.load_extensions()
         self.port = Port()
         self.pending: Dict[int, Overlapped] = {}            # {address: every record that the system may write into}
@@ -460,28 +461,37 @@ class Engine:
             for worker in self.workers:     # with the lock held: a `stop` must not join what is not started
                 worker.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: Optional[float] = None) -> List[threading.Thread]:
         """Abort every session, close every listener, run the events that are queued, end the threads and join them.
 
-        Raises RuntimeError when called from a worker, which cannot wait for itself.
+        Returns the threads that have not ended after *timeout* seconds (None: no limit), because what they call does not
+        return; they end when it does. Raises RuntimeError when called from a worker, which cannot wait for itself.
         """
         if self.on_worker():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
+        end = FOREVER if timeout is None else monotonic() + timeout
         with self.lock:
             first, self.stopped = not self.stopped, True        # from here on `post` answers False
         if first:
             self.submit(self.workers[0].shut, ())
             if not self.started:
                 self.workers[0].run()       # never had a thread: this one does what was queued, and closes
-        for worker in self.workers:
-            if self.started:
-                worker.thread.join()
+        left = self._join([worker.thread for worker in self.workers if self.started], end)
         with self.lock:
             late = [thread for thread in self.late if thread.ident != threading.get_ident()]
-        for thread in late:                 # what the workers have refused while they ended
-            thread.join()
-        if first:
+        left += self._join(late, end)       # what the workers have refused while they ended
+        with self.lock:
+            last, self.port_closed = not (left or self.port_closed), self.port_closed or not left
+        if last:
             self.port.close()
+        return left
+
+    @staticmethod
+    def _join(threads: List[threading.Thread], end: float) -> List[threading.Thread]:
+        """Wait for threads until *end*; those that are still there."""
+        for thread in threads:
+            thread.join(None if end == FOREVER else max(0.0, end - monotonic()))
+        return [thread for thread in threads if thread.is_alive()]
 
     def statistics(self) -> Dict[str, int]:
         """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""

@@ -1532,6 +1532,29 @@ def test_a_paused_session_does_not_hold_a_stop(serve):
     assert time.monotonic() - began < 4.0
 
 
+def test_a_handler_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(serve, caplog):
+    inside, release = Log(), threading.Event()
+
+    def stuck(session, packet):
+        inside.add(packet)
+        release.wait(DEADLINE)
+
+    server = serve(on_packet=stuck, threads=2)
+    client = server.client()
+    client.sendall(frame(b"x"))
+    inside.wait()
+    began = time.monotonic()
+    try:
+        assert server.stop(0.05) is False
+        assert 0.9 < time.monotonic() - began < 5
+        line, = [record.getMessage() for record in caplog.records if record.name == "leviathan"]
+        assert line.startswith("on_packet_noted (") and "has not returned" in line and "stays behind" in line
+    finally:
+        release.set()
+    assert server.queue.stop() is True          # now it has
+    assert server.queue.stop() is True
+
+
 def test_a_handler_that_closes_the_server_ends_run(harness):
     """run() also returns when every Communicator was closed."""
     def on_packet(session, packet):
