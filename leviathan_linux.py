@@ -83,6 +83,7 @@ JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joini
 JOIN_MEAN = 4096        # unless its chunks are smaller than this on average: 64 of those would be a short send
 GATHER_MAX = 64         # chunks per sendmsg; IOV_MAX is 1024 on Linux, 16 by POSIX
 DISCARD_BUDGET = 16     # reads of a closing session's input per readiness
+FAULT_PAUSE = 0.05      # seconds behind a turn that failed, so that one that fails again and again fills no log
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
 ACCEPT_PAUSE = 0.1      # seconds without accepting after EMFILE, doubled each time ...
@@ -596,8 +597,10 @@ class Worker:
                     self._turn()
                 except BaseException as error:
                     self.core.on_failed(self._turn, error)      # it must not end the thread and with it all sessions
+                    threading.Event().wait(FAULT_PAUSE)
                     for session in list(self.streams.values()):
                         self._look_again(session)               # nor lose the batch's other events
+                    self._run_timers(monotonic())               # nor hold up the timers, which come last in a turn
         finally:
             self._end()
 

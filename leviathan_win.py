@@ -59,6 +59,7 @@ INBOX_MAX = 1 << 14     # a session whose receives fill its RecvBuf gets one twi
 INBOX_CALM = 32         # ... until so many in a row would have fitted a quarter of it
 JOIN_MAX = 1 << 17      # what is queued is joined into one send up to this size; a larger chunk goes alone, uncopied
 SEND_MAX = 1 << 20      # bytes of one WSASend: who takes that much in idle_timeout is not idle, and its length has 32 bits
+FAULT_PAUSE = 0.05      # seconds behind a turn that failed, so that one that fails again and again fills no log
 DRAIN = 60.0            # seconds that a closing session may take to send what is queued
 LINGER = 2.0            # seconds a closed session waits for its peer to take the last bytes and close too
 ACCEPT_PAUSE = 0.1      # seconds without accepting after WSAEMFILE, doubled each time ...
@@ -744,6 +745,7 @@ class Worker:
                     self._turn()
                 except BaseException as error:
                     self.core.on_failed(self._turn, error)      # it must not end the thread and with it all sessions
+                    threading.Event().wait(FAULT_PAUSE)
         finally:
             self.ident = 0
 

@@ -161,25 +161,47 @@ class TestEpoll(EngineContract):
         session.resume()
         self.record.wait_for("packet")
 
-    def test_a_turn_that_fails_does_not_lose_the_events_behind_it(self):
+    def test_a_turn_that_fails_does_not_lose_the_events_behind_it(self, monkeypatch):
         """What no handler's error is, but a fault inside of the loop, is reported, and every session looked at again."""
         communicator, listener = self.serve()
         clients = [self.client(listener) for _ in range(5)]
         self.record.wait_for("connect", 5)
         first, = (session for session in communicator.sessions if session.peer == clients[0].getsockname())
+        core = communicator.queue.engine.core
+        on_eof = core.on_eof
 
-        def fail(session, buffer, end):
+        def faulty(session):
+            monkeypatch.setattr(core, "on_eof", staticmethod(on_eof))
             raise RuntimeError("a fault inside of the loop")
 
-        first.received = fail
+        monkeypatch.setattr(core, "on_eof", staticmethod(faulty))
         go = self.hold(first)
-        for client in clients:
+        clients[0].close()
+        for client in clients[1:]:
             client.sendall(self.packed(b"x"))
         go.set()
         self.record.wait_for("packet", 4)
+        self.record.wait_for("on_closed", target=first)
         assert self.record.count("on_failed") == 1
 
-    # -- EPOLLOUT -----------------------------------------------------------------------------------------------------
+    def test_a_turn_that_fails_again_and_again_does_not_spin(self, monkeypatch):
+        queue = self.queue()
+        core, failing = queue.engine.core, [True]
+        reserve = core.reserve
+
+        def faulty(listener):
+            if failing[0]:
+                raise RuntimeError("on purpose")
+            return reserve(listener)
+
+        monkeypatch.setattr(core, "reserve", staticmethod(faulty))
+        _, listener = self.serve(lambda session, packet: session.send(packet), queue=queue)
+        client = self.client(listener)
+        client.sendall(self.packed(b"at last"))
+        self.record.wait_for("on_failed", 2)
+        assert self.turns(queue) < TURNS and self.record.count("on_failed") < TURNS
+        failing[0] = False
+        assert self.read(client, 11) == self.packed(b"at last")
 
     def test_interest_in_writing_stands_only_while_something_is_unsent(self):
         _, session, client = self.pair(high_water=1 << 24)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, INBOX, Log, eventually, frame, read_exactly, read_frame, read_to_end
+from conftest import DEADLINE, INBOX, Log, connect, eventually, frame, read_exactly, read_frame, read_to_end
 from leviathan import Delimited, LengthPrefix, Reason, TextLength
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -194,6 +194,39 @@ def test_out_of_descriptors_it_goes_on_serving_and_accepts_later():
     done = subprocess.run([sys.executable, "-c", EMFILE % (HERE, os.path.join(HERE, "tests"))], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=30)
     assert (done.stdout, done.returncode) == (b"fine\n", 0), done.stderr.decode()
+
+
+QUIET_EMFILE = """
+import sys
+sys.path.insert(0, %r)
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+import leviathan
+server = leviathan.Communicator(leviathan.LengthPrefix(4), leviathan.echo)
+port = server.listen(0).address[1]
+leviathan.run(server, on_ready=lambda: print(port, flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_NOFILE")
+def test_out_of_descriptors_a_program_that_never_logged_goes_on_too():
+    """The line that says so is its first one, and a module that is imported only then cannot be opened."""
+    with subprocess.Popen([sys.executable, "-c", QUIET_EMFILE % HERE], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as server:
+        try:
+            address = "127.0.0.1", int(server.stdout.readline())
+            clients = [connect(address) for _ in range(30)]
+            assert serves(clients[0])
+            for client in clients[1:]:
+                client.close()
+            assert serves(clients[0])
+            with connect(address) as late:
+                assert serves(late)
+            clients[0].close()
+            server.terminate()
+            assert server.wait(DEADLINE) == 0 and server.stderr.read() == b""
+        finally:
+            server.kill()
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
