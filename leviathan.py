@@ -3729,7 +3729,7 @@ _BUNDLED: Dict[str, Tuple[int, str]] = {}       # {module name: (line it begins 
 
 
 def _load_engine() -> Any:
-    """The engine's module: from this file if it is a bundle, else from beside it, in a package or flat."""
+    """The engine's module: from this file if it is a bundle, else from beside it, in a package or flat. Raises ImportError."""
     name = "leviathan_win" if sys.platform == "win32" else "leviathan_linux"
     if name in _BUNDLED:
         import types
@@ -3742,7 +3742,11 @@ def _load_engine() -> Any:
     import importlib
     package = __package__ or ""
     try:
-        return importlib.import_module("." + name if package else name, package or None)
+        found = importlib.import_module("." + name if package else name, package or None)
+        if found.VERSION != __version__:
+            raise ImportError("%s is of leviathan %s, and %s of %s: copy both anew" % (
+                found.__file__, found.VERSION, os.path.abspath(__file__), __version__))
+        return found
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.endswith(name):
             raise
@@ -3779,6 +3783,9 @@ class EventQueue:
         self._made: Any = None              # set once: who finds it need not ask again with the lock
         self._stopped = False
         self._connectors: Set[Connector] = set()        # those that are not given up
+
+    def __repr__(self) -> str:
+        return "<EventQueue %s, %d threads%s>" % (self.name, self.threads, ", stopped" if self._stopped else "")
 
     @property
     def engine(self) -> Any:
@@ -4035,6 +4042,10 @@ class Communicator:
 
     # -- any thread -----------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        listens = [_address_text(listener.address) for listener in self.listeners]
+        return "<Communicator %s>" % ", ".join([self.name, *listens, "%d sessions" % len(self.sessions)])
+
     @property
     def connectors(self) -> List[Connector]:
         """The outgoing connections that are there, are being made or will be made again."""
@@ -4060,17 +4071,21 @@ class Communicator:
             client_thread = thread
         listener = Listener(self, serve, client_thread, unix)
         address: Any = unix
-        if unix:
-            family = _unix_family()
-        else:
-            family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
-                                                          socket.AI_PASSIVE)[0]
-        with self._lock:
-            if self.closing:
-                raise RuntimeError("the Communicator is closed")
-            self.queue.engine.listen(listener, family, address, backlog, thread)
-            listener.address = unix or listener.socket.getsockname()[:2]
-            self.listeners.append(listener)
+        try:
+            if unix:
+                family = _unix_family()
+            else:
+                family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
+                                                              socket.AI_PASSIVE)[0]
+            with self._lock:
+                if self.closing:
+                    raise RuntimeError("the Communicator is closed")
+                self.queue.engine.listen(listener, family, address, backlog, thread)
+                listener.address = unix or listener.socket.getsockname()[:2]
+                self.listeners.append(listener)
+        except OSError as error:            # which of the addresses that a program may have
+            where = "cannot listen on %s: %s" % (_address_text(unix or (host, port)), error.strerror or error)
+            raise type(error)(error.errno, where) from error
         self._watch_time()
         serve._watch_time()
         listener.rearm()
@@ -4588,7 +4603,10 @@ class CommunicatorList:
         """Start, wait for SIGINT or SIGTERM or until every Communicator was closed, then stop. What `stop` returns.
 
         *on_ready* is called once all threads run and signals are heeded: the place for a "listening on" line.
+        ValueError if there is nothing in the list.
         """
+        if not self._queues:
+            raise ValueError("there is nothing to run: neither a Communicator nor a queue")
         _raise_file_limit(sum({communicator.manager: communicator.manager.max_sessions
                                for communicator in self._communicators}.values()))
         with _Interrupt() as interrupt:
@@ -4683,14 +4701,13 @@ def _seconds(text: str) -> float:
 
 
 def _bytes_of(text: str) -> bytes:
-    r"""Characters, with \r \n \t \0 and \xNN understood."""
-    try:
-        data = text.encode("latin-1").decode("unicode_escape").encode("latin-1")
-    except (UnicodeError, ValueError):
-        data = b""
-    if not data:
-        raise _Wrong(r"one or more characters; \r \n \t \0 \xNN are understood")
-    return data
+    r"""The bytes that stand in the file, with \r \n \t \0 \\ and \xNN understood."""
+    import re
+    data = text.encode("utf-8", "surrogateescape")
+    if not data or not re.fullmatch(rb"(?:[^\\]|\\(?:[rnt0\\]|x[0-9A-Fa-f]{2}))*", data, re.DOTALL):
+        raise _Wrong(r"one or more characters; \r \n \t \0 \\ \xNN are understood")
+    known = {b"r": b"\r", b"n": b"\n", b"t": b"\t", b"0": b"\0", b"\\": b"\\"}
+    return re.sub(rb"\\(x..|.)", lambda found: known.get(found[1]) or bytes((int(found[1][1:], 16),)), data)
 
 
 def _character(text: str) -> bytes:
@@ -4715,13 +4732,24 @@ def _endpoint(text: str) -> Tuple[str, Any]:
     host, colon, port = text.rpartition(":")
     if not colon:
         host, port = DEFAULT_HOST, text
-    if not _is_number(port) or int(port) > 65535 or ":" in host and host[:1] + host[-1:] != "[]":
+    if host[:1] + host[-1:] == "[]":
+        host, wrong = host[1:-1], False
+    else:
+        wrong = ":" in host
+    if wrong or "[" in host or "]" in host or not _is_number(port) or int(port) > 65535:
         raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 0 to 65535")
-    return "tcp", (host.strip("[]"), int(port))
+    return "tcp", (host, int(port))
 
 
 def _endpoints(text: str) -> List[Tuple[str, Any]]:
     return [_endpoint(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _servers(text: str) -> List[Tuple[str, Any]]:
+    found = _endpoints(text)
+    if any(kind == "tcp" and not address[1] for kind, address in found):
+        raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 1 to 65535")
+    return found
 
 
 def _reference(text: str) -> Any:
@@ -4734,8 +4762,9 @@ def _reference(text: str) -> Any:
         found: Any = sys.modules[__name__] if module == "leviathan" else importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise _Wrong("module:function that can be imported (%s)" % error) from error
+    except (Exception, SystemExit) as error:            # whatever the module does at its import
+        why = " ".join(("%s: %s" % (type(error).__name__, error)).split())
+        raise _Wrong("module:function that can be imported (%s)" % why) from error
     if not callable(found):
         raise _Wrong("module:function; %s is no function" % text)
     return found
@@ -4783,11 +4812,12 @@ _SETTINGS = (
     _Setting("HEADER_n", "ROLE", _choice("server", "client"), "server",
              "http, resp: a server gets requests, a client gets the answers to its own"),
     _Setting("HEADER_n", "FUNCTION", _reference, "", "function: your parse(view) -> int"),
-    _Setting("COMUNICATOR", "COUNT", _number(0, 1000), "1", "how many Communicators there are (COMMUNICATOR: the same)"),
+    _Setting("COMUNICATOR", "COUNT", _number(0, 1000), "1",
+             "how many Communicators there are (COMMUNICATOR: the same), those with the least numbers; without it all"),
     _Setting("COMUNICATOR_n", "IOCP_IDX", _number(0, 1000), "", "number of its queue; without it a queue of its own"),
     _Setting("COMUNICATOR_n", "CLIENT_SESSION_MAX", _number(0, 10000000), "", "clients at once; 0: takes no clients"),
     _Setting("COMUNICATOR_n", "LISTEN", _endpoints, "", "addresses to listen on: 127.0.0.1:7878, [::1]:8999"),
-    _Setting("COMUNICATOR_n", "CONNECT", _endpoints, "", "servers to connect to, again and again"),
+    _Setting("COMUNICATOR_n", "CONNECT", _servers, "", "servers to connect to, again and again"),
     _Setting("COMUNICATOR_n", "HANDLER", _reference, "", "module:function that gets (session, packet)"),
     _Setting("COMUNICATOR_n", "ON_CONNECT", _reference, "", "module:function that gets (session)"),
     _Setting("COMUNICATOR_n", "ON_DISCONNECT", _reference, "", "module:function that gets (session, reason, error)"),
@@ -4801,6 +4831,9 @@ _SETTINGS = (
 _SECTION_ALIASES = {"QUEUE": "IOCP", "COMMUNICATOR": "COMUNICATOR"}
 
 
+_BASES = ("SESSION", "MPOOL", "IOCP", "HEADER", "COMUNICATOR")
+
+
 def _table_section(name: str) -> Tuple[str, Optional[int]]:
     """("COMUNICATOR_n", 3) for [COMMUNICATOR_3]; ("", None) for a section that is not leviathan's."""
     base, _, number = name.strip().upper().partition("_")
@@ -4809,7 +4842,7 @@ def _table_section(name: str) -> Tuple[str, Optional[int]]:
         if base in ("IOCP", "HEADER", "COMUNICATOR") and _is_number(number):
             return base + "_n", int(number)
         return "", None
-    return (base, None) if base in ("SESSION", "MPOOL", "IOCP", "HEADER", "COMUNICATOR") else ("", None)
+    return (base, None) if base in _BASES else ("", None)
 
 
 class _Ini:
@@ -4843,10 +4876,30 @@ def _row_section(section: str) -> str:
     return "HEADER_n" if section == "HEADER" else section
 
 
-def _plain_line(line: str) -> str:
-    """A line as configparser wants it: not indented, which would make it part of the line before; no comment behind a ]."""
-    line = line.strip()
-    return line.split("#")[0] if line.startswith("[") else line
+def _plain_lines(text: str, path: str) -> Iterator[str]:
+    """The lines as configparser wants them: not indented, which would make them part of the one before; no comment behind a ].
+
+    Raises ConfigError for what it would take otherwise than it was meant: text behind a section's name, a key that a section
+    of ours has twice.
+    """
+    name = ""
+    section: Tuple[str, Optional[int]] = "", None
+    lines: Dict[Tuple[str, Optional[int], str], int] = {}       # {(section, number, key): its line}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            line = line.split("#")[0].split(";")[0].strip()
+            name = line[1:-1]
+            section = _table_section(name)
+            if not line.endswith("]"):
+                raise ConfigError("line %d is neither a section nor key=value: %s" % (number, line), file=path)
+        elif line[:1] not in ("#", ";", "") and section[0]:
+            key = line.partition("=")[0].strip().upper()
+            before = lines.setdefault(section + (key,), number)
+            if before != number:
+                raise ConfigError("it stands in line %d already, and again in line %d" % (before, number), file=path,
+                                  section=name, key=key)
+        yield line
 
 
 def _without_comment(value: str) -> str:
@@ -4856,21 +4909,37 @@ def _without_comment(value: str) -> str:
     return value.split(" #")[0].split("\t#")[0].strip()
 
 
+def _report_near(path: str, name: str) -> None:
+    """A section that is nearly one of ours is left alone, like any other that is not, but hardly on purpose."""
+    import difflib
+    base = name.strip().upper().rstrip("_0123456789")
+    near = difflib.get_close_matches(base, _BASES + tuple(_SECTION_ALIASES), 1, 0.8)
+    if near:
+        _log().warning("%s: [%s] is no section of leviathan, and left alone; did you mean [%s]?", path, name,
+                       near[0] + name.strip()[len(base):])
+
+
 def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
     """Read and check a file (or *text*). Sections of other programs are left alone. Raises ConfigError, OSError."""
     import configparser
-    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, delimiters=("=",))
+    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, delimiters=("=",), default_section="\0")
     try:
         if text is None:
             with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
                 text = file.read()
-        parser.read_string("\n".join(map(_plain_line, text.splitlines())), path)
+        if "\0" in text:
+            raise ConfigError("this is no text in UTF-8", file=path)
+        parser.read_string("\n".join(_plain_lines(text, path)), path)
+    except configparser.MissingSectionHeaderError as error:
+        raise ConfigError("line %d comes before any section: %s" % (error.lineno, error.line.strip()[:60]),
+                          file=path) from error
     except configparser.Error as error:
         raise ConfigError(" ".join(str(error).split()), file=path) from error
     ini = _Ini(path)
     for name in parser.sections():
         section, number = _table_section(name)
         if not section:
+            _report_near(path, name)
             continue
         rows = {row.key.upper(): row for row in _SETTINGS if row.section == _row_section(section)}
         values = ini.sections.setdefault((section, number), {})
@@ -4947,8 +5016,8 @@ def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> Communicat
             return None
         known = ini.numbers("IOCP_n")
         if index not in known and index >= ini.get("IOCP", None, "COUNT"):
-            raise ini.wrong("COMUNICATOR_n", number, key, "there is no queue of that number",
-                            ", ".join(map(str, known)) or "numbers under [IOCP] COUNT")
+            numbers = sorted({*known, *range(ini.get("IOCP", None, "COUNT"))})
+            raise ini.wrong("COMUNICATOR_n", number, key, "there is no queue of that number", ", ".join(map(str, numbers)))
         if index not in queues:
             queues[index] = EventQueue(ini.get("IOCP_n", index, "THR_COUNT"), name="queue%d" % index)
         return queues[index]
@@ -4958,6 +5027,12 @@ def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> Communicat
     count = ini.sections.get(("COMUNICATOR", None), {}).get("COUNT", len(numbers))
     if count > len(numbers):
         raise ini.wrong("COMUNICATOR", None, "COUNT", "there are only %d sections [COMUNICATOR_n]" % len(numbers))
+    if count < len(numbers):
+        _log().warning("%s: [COMUNICATOR] COUNT is %d: not used: %s", ini.file, count,
+                       ", ".join("[COMUNICATOR_%d]" % number for number in numbers[count:]))
+    for number in handlers:
+        if number not in numbers:
+            raise ConfigError("there is a handler for it, but no section [COMUNICATOR_%s]" % number, file=ini.file)
     try:
         for number in numbers[:count]:
             _build_communicator(ini, number, manager, queue_of, handlers, result, bind)
@@ -5003,9 +5078,10 @@ def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
                 acceptor.listen(unix=address, serve=communicator)
             else:
                 acceptor.listen(address[1], address[0], serve=communicator)
+        except ValueError as error:         # a label of more than 63 characters, a NUL
+            raise ini.wrong("COMUNICATOR_n", number, "LISTEN", "there is no such address: %s" % error) from error
         except OSError as error:
-            raise OSError(error.errno, "cannot listen on %s: %s" % (_address_text(address), error.strerror or error)) \
-                from error
+            raise OSError(error.errno, "%s: [COMUNICATOR_%d] LISTEN: %s" % (ini.file, number, error.strerror)) from error
     for family, address in get("CONNECT") or ():
         if family == "unix":
             communicator.connect("", unix=address, reconnect=True)
@@ -5048,8 +5124,10 @@ def _ini_reference() -> str:
     """docs/ini.md."""
     lines = ["# INI reference", "", "Made from the table in `leviathan.py` by `python leviathan.py config --markdown`.", "",
              "A size is bytes, or has `k`, `m` or `g` behind it. Keys and sections may be in any case; `[QUEUE]` is "
-             "`[IOCP]`, `[COMMUNICATOR]` is `[COMUNICATOR]`. An unknown key in these sections is an error; other sections "
-             "are left alone. `#` begins a comment, at a line's start or after a space."]
+             "`[IOCP]`, `[COMMUNICATOR]` is `[COMUNICATOR]`. An unknown key in these sections is an error, and so is one that "
+             "stands there twice; other sections are left alone. An empty value is the default. `#` begins a comment, at a "
+             "line's start or after a space. An address without a host, `7878`, is 127.0.0.1; `0.0.0.0:7878` and `[::]:7878` "
+             "are all addresses of the machine."]
     section = ""
     for row in _SETTINGS:
         if row.section != section:
@@ -5069,6 +5147,10 @@ def _bundle(path: str) -> None:
     at = next(index for index, line in enumerate(lines) if line.startswith(marker))
     if lines[at + 1].startswith("_BUNDLED["):
         raise LeviathanError("this is a bundle already: copy %s" % os.path.abspath(__file__))
+    for name in ("leviathan", "leviathan_linux", "leviathan_win"):
+        source = os.path.join(here, name + ".py")
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise LeviathanError("%s is one of the files that the bundle is made of; give it another path" % path)
     engines: List[str] = []
     for name in ("leviathan_linux", "leviathan_win"):
         source = os.path.join(here, name + ".py")
@@ -5082,12 +5164,24 @@ def _bundle(path: str) -> None:
         engines += ["_BUNDLED[%r] = (%d, r'''" % (name, line)] + text.rstrip("\n").split("\n") + ["''')"]
     if not engines:
         raise LeviathanError("there is no engine beside %s to put into the bundle" % os.path.abspath(__file__))
-    with open(path, "w", encoding="utf-8") as file:
+    part = path + ".part"                       # a bundle that is half there is none
+    with open(part, "w", encoding="utf-8") as file:
         file.write("\n".join(lines[:at + 1] + engines + lines[at + 1:]))
+    try:
+        os.replace(part, path)
+    except OSError:
+        os.remove(part)
+        raise
 
 
 def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
+    numbers = ini.numbers("COMUNICATOR_n")
+    for number in numbers:
+        if ini.get("COMUNICATOR_n", number, "HANDLER") is None:
+            raise ini.wrong("COMUNICATOR_n", number, "HANDLER", "it is needed here", "module:function")
     servers = _build(ini, {}, not check)
+    if not any(ini.get("COMUNICATOR_n", number, key) for number in numbers[:len(servers)] for key in ("LISTEN", "CONNECT")):
+        raise ConfigError("there is nothing to serve: no [COMUNICATOR_n] has LISTEN or CONNECT", file=path)
     if check:
         print("%s is right" % path)
         return 0
@@ -5100,8 +5194,7 @@ def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
             address = servers[0].listeners[0].address
             print(hint % {"host": address[0], "port": address[1]}, flush=True)
 
-    servers.run(on_ready=ready)
-    return 0
+    return 0 if servers.run(on_ready=ready) else 1
 
 
 _HINT = ("try: python -c \"import socket; s = socket.create_connection(('%(host)s', %(port)d)); "
@@ -5109,13 +5202,13 @@ _HINT = ("try: python -c \"import socket; s = socket.create_connection(('%(host)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """The command line. Returns the exit status: 0 after a drained stop, 2 for bad usage or configuration."""
+    """The command line. Returns the exit status: 0 after a drained stop, 1 after one that was not, 2 for bad usage."""
     import argparse
     parser = argparse.ArgumentParser(prog="leviathan", description="TCP servers in pure Python.",
                                      epilog="Without a command: an echo server with a 4-byte length before each packet.")
     parser.add_argument("--version", action="version", version="leviathan %s (%s)" % (__version__, _engine.NAME))
-    parser.add_argument("--host", default=DEFAULT_HOST, help="address of the echo server (%(default)s)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="its port; 0: any (%(default)s)")
+    parser.add_argument("--host", help="address of the echo server (%s)" % DEFAULT_HOST)
+    parser.add_argument("--port", type=int, help="its port; 0: any (%d)" % DEFAULT_PORT)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser("serve", help="run what an INI file describes")
     serve.add_argument("file", metavar="FILE.ini")
@@ -5125,6 +5218,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     bundle = commands.add_parser("bundle", help="write leviathan and its engines as one file")
     bundle.add_argument("path", metavar="PATH")
     options = parser.parse_args(arguments)
+    if options.command and (options.host, options.port) != (None, None):
+        parser.error("--host and --port are those of the echo server, which is what runs without a command")
+    if options.command in (None, "serve"):
+        import logging
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         if options.command == "config":
             sys.stdout.write(_ini_reference() if options.markdown else _default_ini())
@@ -5135,11 +5233,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
             sys.path.insert(0, os.path.dirname(os.path.abspath(options.file)))      # handlers stand beside their INI
             return _serve(_read_ini(options.file), options.file, options.check)
         else:
-            host = "[%s]" % options.host if ":" in options.host else options.host
-            text = _EMBEDDED_INI.format(host=host, port=options.port)
+            host = options.host or DEFAULT_HOST
+            text = _EMBEDDED_INI.format(host="[%s]" % host if ":" in host else host,
+                                        port=DEFAULT_PORT if options.port is None else options.port)
             return _serve(_read_ini("the embedded INI", text), "the embedded INI", False, _HINT)
     except (LeviathanError, OSError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
+        message = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
         print("leviathan: %s" % message, file=sys.stderr)
         return 2
     return 0

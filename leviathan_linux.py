@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NAME = "epoll"
+VERSION = "0.1.0"       # of leviathan.py, which looks: half of an update is none
 
 # LEVIATHAN_POLL=1 forces select.poll, so that what macOS and the BSDs run is tested on Linux too.
 USE_EPOLL = hasattr(select, "epoll") and not os.environ.get("LEVIATHAN_POLL")

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NAME = "iocp"
+VERSION = "0.1.0"       # of leviathan.py, which looks: half of an update is none
 
 MAX_EVENTS = 512        # packets taken from the port at once by the only thread; several threads take them one by one
 ACCEPTS = 8             # accepts armed for each listener (RULES: IOCP 5)

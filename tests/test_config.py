@@ -161,8 +161,20 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[COMUNICATOR_0]\nHEADER = HEADER_2\n", ["HEADER=HEADER_2", "no such section"]),
     ("[COMUNICATOR_0]\nIDLE_TIMEOUT = -3\n", ["IDLE_TIMEOUT=-3", "seconds"]),
     ("[COMUNICATOR]\nCOUNT = 2\n[COMUNICATOR_0]\n", ["COUNT=2", "only 1"]),
+    ("[IOCP]\nCOUNT = 3\n[IOCP_5]\n[COMUNICATOR_0]\nIOCP_IDX = 4\n", ["IOCP_IDX=4", "allowed: 0, 1, 2, 5"]),
+    ("[COMUNICATOR_0]\nLISTEN = 0\n[COMMUNICATOR_0]\nlisten = 1\n", ["[COMMUNICATOR_0]", "LISTEN", "line 2", "line 4"]),
+    ("[COMUNICATOR_0]\nLISTEN = [::1:0\n", ["LISTEN=[::1:0", "[IPv6 address]:port"]),
+    ("[COMUNICATOR_0]\nLISTEN = ..:1\n", ["LISTEN=..:1", "no such address"]),
+    ("[COMUNICATOR_0]\nCONNECT = 127.0.0.1:0\n", ["CONNECT=127.0.0.1:0", "port 1 to 65535"]),
+    ("[HEADER]\nTYPE = delimiter\nDELIMITER = \\q\n[COMUNICATOR_0]\n", ["DELIMITER=\\q", "are understood"]),
+    ("[COMUNICATOR_0]\nHANDLER = bad_value:f\n", ["HANDLER=bad_value:f", "ValueError: on purpose"]),
+    ("[COMUNICATOR_0]\nHANDLER = bad_exit:f\n", ["HANDLER=bad_exit:f", "SystemExit: 3"]),
+    ("[COMUNICATOR_0]\nHANDLER = leviathan:nope\n", ["HANDLER=leviathan:nope", "nope"]),
 ])
-def test_a_wrong_value_says_file_section_key_value_and_what_is_allowed(tmp_path, text, words):
+def test_a_wrong_value_says_file_section_key_value_and_what_is_allowed(tmp_path, monkeypatch, text, words):
+    (tmp_path / "bad_value.py").write_text("raise ValueError('on\\npurpose')")
+    (tmp_path / "bad_exit.py").write_text("import sys\nsys.exit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
     error = wrong(tmp_path, text)
     for word in words:
         assert word in str(error), str(error)
@@ -179,7 +191,8 @@ def test_no_value_of_any_setting_is_a_traceback(row):
     """It can be used, or it is a ConfigError that names the key; of whichever type the framing is."""
     for kind in ("number", "text", "delimiter", "fixed", "http", "resp") if row.section == "HEADER_n" else ("number",):
         for value in ODD:
-            sections = {"COMUNICATOR_0": "HEADER = HEADER_0\n", "HEADER_0": "TYPE = %s\n" % kind}
+            sections = {"COMUNICATOR_0": "HEADER = HEADER_0\n" if row.key != "HEADER" else "",
+                        "HEADER_0": "TYPE = %s\n" % kind if row.key != "TYPE" else ""}
             name = row.section.replace("_n", "_0")
             sections[name] = sections.get(name, "") + "%s = %s\n" % (row.key, value)
             text = "".join("[%s]\n%s" % pair for pair in sections.items())
@@ -187,6 +200,43 @@ def test_no_value_of_any_setting_is_a_traceback(row):
                 leviathan._build(leviathan._read_ini("x.ini", text), {}, False)
             except leviathan.ConfigError as error:
                 assert error.file == "x.ini" and error.key in (row.key, "MEMORY_LIMIT", "COUNT", "MAX_PACKET"), error
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0,\n  [::1]:0\n", ["line 3", "[::1]:0"]),
+    ("LISTEN = 1\n", ["line 1", "before any section"]),
+    ("\0\1\2", ["no text"])])
+def test_what_is_no_ini_file_says_where(tmp_path, text, words):
+    error = str(wrong(tmp_path, text))
+    assert "x.ini" in error and "\n" not in error
+    for word in words:
+        assert word in error, error
+
+
+def test_a_handler_for_no_section_is_an_error(tmp_path):
+    with pytest.raises(leviathan.ConfigError, match=r"COMUNICATOR_7"):
+        build(tmp_path, "[COMUNICATOR_0]\n", {7: leviathan.echo})
+
+
+def test_the_default_section_of_another_program_is_left_alone(tmp_path):
+    servers = build(tmp_path, "[DEFAULT]\nFOO = 3\n[COMUNICATOR_0]\nHANDLER = leviathan:echo\n")
+    assert len(servers) == 1
+
+
+def test_sections_that_are_not_used_are_told_of(tmp_path, caplog):
+    """Too small a COUNT, and a name that is nearly one of ours; not that of another program."""
+    text = "[COMUNICATOR]\nCOUNT = 1\n[COMUNICATOR_0]\n[COMUNICATOR_4]\n[SESION]\n[IOCP0]\n[LOG]\n[PROGRAM]\n"
+    assert len(build(tmp_path, text, {0: leviathan.echo})) == 1
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3 and all("x.ini" in line for line in told)
+    assert "did you mean [SESSION]?" in told[0] and "[IOCP0]" in told[1]
+    assert "COUNT is 1: not used: [COMUNICATOR_4]" in told[2]
+
+
+def test_a_delimiter_is_the_bytes_that_stand_in_the_file(tmp_path):
+    for encoding in "utf-8", "latin-1":
+        text = "[HEADER]\nTYPE = delimiter\nDELIMITER = \u00e9\\\\\\x41\n[COMUNICATOR_0]\n".encode(encoding)
+        assert build(tmp_path, text, {0: leviathan.echo})[0].framing.delimiter == "\u00e9\\A".encode(encoding)
 
 
 def test_no_section_at_all_is_one_line(tmp_path):

@@ -409,6 +409,15 @@ def test_senseless_settings_raise_value_error(make):
 
 # -- cost -------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("make", [
+    lambda: TextLength(","), lambda: TextLength(b",", trailer=";"), lambda: Delimited("\n"), lambda: FixedSize(1.5),
+    lambda: LengthPrefix(4.0), lambda: LengthPrefix(4, adjust="x"), lambda: LengthPrefix(4, offset=1.5),
+    lambda: LengthPrefix(max_packet="1k"), lambda: leviathan.Function(5)])
+def test_settings_of_a_wrong_type_raise_type_error(make):
+    with pytest.raises(TypeError):
+        make()
+
+
 class Counted:
     """A buffer that counts how many bytes were taken out of it."""
 

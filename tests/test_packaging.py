@@ -315,6 +315,63 @@ def test_a_port_in_use_is_one_line_and_status_2(tmp_path):
         connect(taken.getsockname()).close()            # and the other's server is as it was
 
 
+@pytest.mark.parametrize("text, word", [
+    ("", "nothing to serve"), ("[COMMUNICATR_0]\nLISTEN = 0\n", "nothing to serve"),
+    ("[COMUNICATOR_0]\nHANDLER = leviathan:echo\n", "nothing to serve"), ("[COMUNICATOR_0]\nLISTEN = 0\n", "HANDLER")])
+def test_an_ini_that_would_serve_nobody_is_status_2(tmp_path, text, word):
+    (tmp_path / "my.ini").write_text(text)
+    for arguments in (["serve", "my.ini"], ["serve", "my.ini", "--check"]):
+        status, out, err = outcome(tmp_path, *arguments)
+        assert (status, out) == (2, "") and word in err.splitlines()[-1], err
+
+
+def test_what_happens_to_a_server_is_told_on_stderr(tmp_path):
+    """A program that only runs an INI file has no other place to configure logging."""
+    (tmp_path / "mine.py").write_text("def bad(session, packet):\n    raise RuntimeError('on purpose')\n")
+    (tmp_path / "my.ini").write_text("[COMUNICATOR_0]\nLISTEN = 0\nHANDLER = mine:bad\n")
+    with leviathan_program(tmp_path, "serve", "my.ini") as server:
+        with server.client() as client:
+            client.sendall(frame(b"x"))
+            assert client.recv(1) == b""
+        status, _, err = server.end()
+    assert status == 0 and " ERROR a callback failed for 127.0.0.1:" in err and "RuntimeError: on purpose" in err
+
+
+def test_a_stop_that_had_to_abort_is_status_1(tmp_path):
+    (tmp_path / "mine.py").write_text("import leviathan\nleviathan.STOP_TIMEOUT = 0.2\n"
+                                      "leviathan.CommunicatorList.run.__defaults__ = (0.2, None)\n"
+                                      "def big(session, packet):\n    session.send(bytes(12 << 20))\n    session.send(b'x')\n")
+    (tmp_path / "my.ini").write_text("[COMUNICATOR_0]\nLISTEN = 0\nHANDLER = mine:big\n")
+    with leviathan_program(tmp_path, "serve", "my.ini") as server:
+        with server.client() as client:
+            client.sendall(frame(b"x"))
+            assert client.recv(4) == b"\0\xc0\0\0"
+            assert server.end()[0] == 1
+
+
+def test_the_echo_servers_options_are_not_for_commands(tmp_path):
+    status, _, err = outcome(tmp_path, "--port", 9, "serve", "my.ini")
+    assert status == 2 and "--host and --port" in err
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_bundle_does_not_overwrite_what_it_is_made_of(tmp_path, name):
+    copy_to(tmp_path, MODULES)
+    before = (tmp_path / name).read_bytes()
+    status, _, err = run("leviathan.py", "bundle", name, cwd=tmp_path)
+    assert status == 2 and name in err and (tmp_path / name).read_bytes() == before
+    assert run("leviathan.py", "bundle", tmp_path, cwd=tmp_path)[0] == 2            # a directory
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(MODULES)      # nothing is left of the attempt
+
+
+def test_a_core_and_an_engine_of_two_versions_say_so(tmp_path):
+    copy_to(tmp_path)
+    core = tmp_path / "leviathan.py"
+    core.write_text(core.read_text(encoding="utf-8").replace('__version__ = "', '__version__ = "9.', 1), encoding="utf-8")
+    status, _, err = run("-c", "import leviathan", cwd=tmp_path)
+    assert status == 1 and ENGINE + ".py is of leviathan " in err.splitlines()[-1] and "copy both" in err.splitlines()[-1]
+
+
 def test_bad_usage_is_status_2(tmp_path):
     assert outcome(tmp_path, "nonsense")[0] == 2
     assert outcome(tmp_path, "serve")[0] == 2

@@ -829,6 +829,55 @@ def test_a_port_in_use_raises_oserror_at_once(serve):
     assert caught.value.errno == errno.EADDRINUSE
 
 
+@pytest.mark.parametrize("settings, name", [
+    ({"max_clients": "5"}, "max_clients"), ({"max_clients": -1}, "max_clients"), ({"idle_timeout": -1}, "idle_timeout"),
+    ({"idle_timeout": float("nan")}, "idle_timeout"), ({"packet_timeout": "5"}, "packet_timeout"),
+    ({"queue": 5}, "EventQueue"), ({"manager": 5}, "SessionManager"), ({"on_connect": 5}, "on_connect"),
+    ({"on_disconnect": "x"}, "on_disconnect"), ({"on_eof": 1}, "on_eof"), ({"on_backpressure": 1}, "on_backpressure")])
+def test_a_wrong_argument_is_refused_by_its_name_when_it_is_given(settings, name):
+    with pytest.raises((TypeError, ValueError), match=name):
+        leviathan.Communicator(LengthPrefix(4), leviathan.echo, **settings)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000, "7878", None, 7878.0])
+def test_a_port_is_0_to_65535(serve, port):
+    """getaddrinfo takes 65537 for 1."""
+    server = serve(listen=False, start=False)
+    for verb in (server.communicator.listen, lambda port: server.communicator.connect("127.0.0.1", port)):
+        with pytest.raises((TypeError, ValueError), match="port"):
+            verb(port)
+    with pytest.raises(ValueError, match="port"):
+        server.communicator.connect("127.0.0.1", 0)
+
+
+def test_a_listen_that_fails_names_the_address(serve):
+    server = serve()
+    host, port = server.address
+    with pytest.raises(OSError, match="cannot listen on %s:%d: " % (host, port)) as raised:
+        server.communicator.listen(port, host)
+    assert raised.value.errno == errno.EADDRINUSE
+    with pytest.raises(OSError, match="cannot listen on nowhere.invalid:1: "):
+        server.communicator.listen(1, "nowhere.invalid")
+
+
+def test_only_functions_are_posted_and_planned(harness):
+    queue = harness.queue(1)
+    for call in (queue.post, lambda function: queue.call_later(1, function), lambda function: queue.every(1, function)):
+        with pytest.raises(TypeError, match="function"):
+            call(5)
+
+
+def test_to_run_nothing_is_an_error():
+    with pytest.raises(ValueError, match="nothing to run"):
+        leviathan.run()
+
+
+def test_what_they_print_names_them(serve, harness):
+    server = serve(name="orders")
+    assert "orders" in repr(server.communicator) and ":%d" % server.address[1] in repr(server.communicator)
+    assert repr(harness.queue(2, name="work")) == "<EventQueue work, 2 threads>"
+
+
 def test_a_closed_communicator_listens_and_connects_no_more(serve):
     server = serve()
     server.communicator.close()
