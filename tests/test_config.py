@@ -174,7 +174,7 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
 def test_a_wrong_value_says_file_section_key_value_and_what_is_allowed(tmp_path, monkeypatch, text, words):
     (tmp_path / "bad_value.py").write_text("raise ValueError('on\\npurpose')")
     (tmp_path / "bad_exit.py").write_text("import sys\nsys.exit(3)")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] + sys.path)
     error = wrong(tmp_path, text)
     for word in words:
         assert word in str(error), str(error)
