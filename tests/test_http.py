@@ -13,7 +13,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, WINDOWS, Log, connect, eventually, read_exactly, read_to_end
+from conftest import DEADLINE, WINDOWS, WINE, Log, connect, eventually, read_exactly, read_to_end
 from leviathan import Headers, Http, HttpError, Request, Response
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -579,11 +579,13 @@ def test_a_handler_that_raises_behind_the_head_of_a_stream_aborts(serve, line):
     server = serve(Http(), handler)
     client = server.client()
     client.sendall(line + b"\r\nHost: a\r\n\r\n")
-    with pytest.raises(ConnectionError):
-        while client.recv(1000):
-            pass
-        pytest.fail("a clean end")
-    assert server.ended.wait()[0][1] is leviathan.Reason.ERROR
+    session, reason, _ = server.ended.wait()[0]
+    assert session.aborted and reason is leviathan.Reason.ERROR
+    if not WINE:                                        # there recv says b"" to a reset, whoever sends it
+        with pytest.raises(ConnectionError):
+            while client.recv(1000):
+                pass
+            pytest.fail("a clean end")
 
 
 @pytest.mark.parametrize("give", [
