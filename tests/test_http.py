@@ -1350,8 +1350,11 @@ def test_who_still_takes_his_answer_is_not_idle(serve, protocol):
     assert read_exactly(client, 8 << 20) == big[:8 << 20] and not len(server.ended)
 
 
-def test_who_takes_nothing_of_his_answer_is_idle(serve):
-    server = serve(Http(), lambda session, request: session.send(b"x" * (24 << 20)), idle_timeout=1000, send_limit=1 << 26)
+@pytest.mark.parametrize("begin", [lambda request, body: request.reply(body),
+                                   lambda request, body: request.stream().write(body)],
+                         ids=["whole", "to be continued"])
+def test_who_takes_nothing_of_his_answer_is_idle(serve, begin):
+    server = serve(Http(), lambda session, request: begin(request, b"x" * (24 << 20)), idle_timeout=1000, send_limit=1 << 26)
     client, session = server.pair(SO_RCVBUF=65536)
     client.sendall(GET)
     eventually(lambda: session.unsent)
