@@ -704,11 +704,10 @@ def test_reset_ends_the_subscriptions(harness):
     assert subscribed.wait() == [[[b"subscribe", b"a", 1]]] and reset.wait() == [["RESET"]] and after.wait() == [[FORGED]]
     assert link.pushes.items == [[b"subscribe", b"a", 1], FORGED] and link.unasked.items == []
     # It ends the version 3, too: messages are arrays from then on.
-    link.call("HELLO", 3)
-    server.sends(encoded({b"proto": 3}, Push([b"message", b"b", b"x"])) + encoded("RESET", version=2))
-    link.call("RESET")
+    link.call("HELLO", 3), link.call("RESET")
     again = link.call("SUBSCRIBE", "a")
-    server.sends(encoded([b"subscribe", b"a", 1], version=2))
+    server.sends(encoded({b"proto": 3}, Push([b"message", b"b", b"x"])))
+    server.sends(encoded("RESET", [b"subscribe", b"a", 1], version=2))
     assert again.wait() == [[[b"subscribe", b"a", 1]]]
     pong = link.call("PING")
     server.sends(encoded(FORGED, [b"pong", b""], version=2))
