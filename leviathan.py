@@ -647,6 +647,7 @@ HEADS_KEPT = 512                # header blocks that are known again, per Http o
 HEAD_KEPT_MAX = 1024            # ... if they are no longer than this: 0.5 MB of keys, and about as much of what they mean
 
 _CHUNKED, _TO_END = -1, -2      # lengths of bodies that have none
+_BODILESS = (204, 205, 304)     # answers of these statuses are sent without content, whatever a handler gives them
 
 _REASONS = {
     100: "Continue", 102: "Processing", 103: "Early Hints", 200: "OK", 201: "Created", 202: "Accepted",
@@ -1258,7 +1259,7 @@ class Http(StatefulFraming):
     def _prefix(self, second: _Second, status: int, headers: Any, size: int) -> bytes:
         """All that stands before a body of *size* bytes, and is kept for this second; b"" if it is no ordinary answer."""
         block = self._blocks.get(headers)
-        if block is None or size > SEND_INLINE or status < 200 or status in (204, 304):
+        if block is None or size > SEND_INLINE or status < 200 or status in _BODILESS:
             return b""
         prefix = b"%b%bContent-Length: %d\r\n\r\n" % (self._start(status), block, size)
         if len(second.prefixes) < HEADS_KEPT:
@@ -1313,7 +1314,10 @@ class Http(StatefulFraming):
                 if closes or tokens == ["keep-alive"]:
                     continue
             typed = typed or lower == "content-type"
-            dated = dated or lower == ("host" if self.client else "date")
+            if lower == ("host" if self.client else "date"):
+                if dated and self.client:
+                    raise ValueError("a request has one Host, not %r as well (RFC 9112 section 3.2)" % (value,))
+                dated = True
             lines.append("%s: %s\r\n" % (name, value))
         try:
             block = "".join(lines).encode("latin-1")
@@ -1347,12 +1351,14 @@ class Http(StatefulFraming):
         if status < 200:                    # interim: the answer is still to come. HTTP/1.0 does not know it.
             return (self._status_line(status) + block + b"\r\n",) if head.version != "1.0" else (), _OPEN, False
         closes = closes or not head.keep_alive
-        bodiless = head.method == "HEAD" or status in (204, 304)
+        bodiless = head.method == "HEAD" or status in _BODILESS
+        if status == 205:
+            body = b""                      # unlike 204 it says so by a length (RFC 9110 section 15.3.6)
         if length is None:
             size = b"" if status == 204 or status == 304 and not body else b"Content-Length: %d\r\n" % len(body)
         elif status == 204:
             raise ValueError("204 has no Content-Length (RFC 9110 section 8.6)")
-        elif length != len(body) and not bodiless:
+        elif length != len(body) and (status == 205 or not bodiless):
             raise ValueError("Content-Length is %d, and the body has %d bytes" % (length, len(body)))
         else:
             size = b"Content-Length: %d\r\n" % length
@@ -1380,8 +1386,12 @@ class Http(StatefulFraming):
             raise ValueError("an answer in pieces has a final status")
         if dated:
             start = self._status_line(status)
-        silent = head.method == "HEAD" or status in (204, 304)
-        chunked = length is None and head.version != "1.0" and status not in (204, 304)
+        if status == 205:
+            if length:
+                raise ValueError("Content-Length is %d, and 205 has no body (RFC 9110 section 15.3.6)" % length)
+            block, length = block + b"Content-Length: 0\r\n", None
+        silent = head.method == "HEAD" or status in _BODILESS
+        chunked = length is None and head.version != "1.0" and status not in _BODILESS
         closes = closes or not head.keep_alive or length is None and head.version == "1.0" and not silent
         if length is not None and status != 204:
             block += b"Content-Length: %d\r\n" % length
@@ -1734,7 +1744,10 @@ class Http(StatefulFraming):
         elif target == "*":
             right = method == "OPTIONS"
         else:
-            right = target[:7].lower() == "http://" or target[:8].lower() == "https://"
+            scheme, _, rest = target.partition("://")
+            host = rest.split("/", 1)[0].split("?", 1)[0].lower()
+            # RFC 9110 sections 4.2.1 and 4.2.4: no empty host, and no user's name before it, which only deceives.
+            right = scheme.lower() in ("http", "https") and host[:1] not in ("", ":") and self._host_rule(host) is not None
         if not right:
             raise HttpError(400, "%s of %r" % (method, target[:64]))
 
@@ -2253,7 +2266,7 @@ class Resp(StatefulFraming):
         if isinstance(command, Pipeline):
             data = _resp_commands(command)
             entry: Any = _Batch(callback, len(command))
-            if not command or any(map(_subscription, command)):
+            if not command or any(_subscription(one) not in (b"", b"hello") for one in command):
                 raise ValueError("a Pipeline has one command or more, and none that changes subscriptions")
         else:
             data = _resp_commands((command,))
@@ -2742,10 +2755,12 @@ class Resp(StatefulFraming):
             else:
                 if pending:
                     pending.popleft()
-                if type(entry) is _Subscribing:         # refused; or it was RESET
+                if type(entry) is _Subscribing:         # refused; or it was RESET or HELLO
                     if entry.name == b"reset" and reply == "RESET":
                         state.subscribed.clear()
                         state.pushes = False
+                    elif entry.name == b"hello" and type(reply) is not RespError:
+                        state.pushes = type(reply) is dict          # RESP3 answers with a map; the subscriptions stay
                     entry = entry.callback
                 (on_packet if entry is None else entry)(session, reply)
 
@@ -2788,12 +2803,12 @@ def _is_double(digits: bytes) -> bool:
 
 
 def _subscription(command: Sequence[Any]) -> bytes:
-    """The name in small letters of a command that changes subscriptions, else b""."""
+    """The name in small letters of a command that changes subscriptions, or how their messages look, else b""."""
     name = command[0]
     if (type(name) is str or type(name) is bytes) and len(name) < 9 and len(name) != 5:
         return b""                          # nearly all of them, and a third of the time
     data = _resp_argument(name).lower()
-    return data if data in _CONFIRMS or data == b"reset" else b""
+    return data if data in _CONFIRMS or data in (b"reset", b"hello") else b""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

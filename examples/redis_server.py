@@ -21,7 +21,9 @@ settings = {b"save": b"", b"appendonly": b"no", b"databases": b"1", b"maxmemory"
 
 SYNTAX = RespError("ERR syntax error")
 NO_INTEGER = RespError("ERR value is not an integer or out of range")
+NOT_POSITIVE = RespError("ERR value is out of range, must be positive")
 WRONG_TYPE = RespError("WRONGTYPE Operation against a key holding the wrong kind of value")
+NO_LIST = object()      # RESP2 has a null of its own for lists, and LPOP with a count gives it
 
 
 class Client:
@@ -65,10 +67,18 @@ def remove(key):
     return data.pop(key, None)
 
 
-def whole(word):
+def whole(word, error=NO_INTEGER):
     if not re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", word) or not -1 << 63 <= int(word) < 1 << 63:
-        raise NO_INTEGER
+        raise error
     return int(word)
+
+
+def life(command, word, unit):
+    """Milliseconds, of a word that says so many times *unit*. Raises an error that names the command."""
+    time_to_live = whole(word) * unit
+    if not -1 << 63 <= time_to_live < (1 << 63) - time.time() * 1000:
+        raise RespError("ERR invalid expire time in '%s' command" % command.decode().lower())
+    return time_to_live
 
 
 # ---- connection
@@ -88,16 +98,23 @@ def echo(session, words):
 @command("HELLO", 1, -1)
 def hello(session, words):
     if len(words) > 1:
-        if words[1] not in (b"2", b"3"):
+        version = whole(words[1], RespError("ERR Protocol version is not an integer or out of range"))
+        if version not in (2, 3):
             return RespError("NOPROTO unsupported protocol version")
-        leviathan.Resp.version(session, int(words[1]))
+        options = words[2:]
+        while options:                              # anybody may come in, under any name
+            size = {b"AUTH": 3, b"SETNAME": 2}.get(options[0].upper(), sys.maxsize)
+            if len(options) < size:
+                return RespError("ERR Syntax error in HELLO option '%s'" % options[0].decode("utf-8", "replace"))
+            del options[:size]
+        leviathan.Resp.version(session, version)
     return {b"server": b"leviathan", b"version": b"7.0.0", b"proto": leviathan.Resp.version(session), b"id": session.id,
             b"mode": b"standalone", b"role": b"master", b"modules": []}
 
 
 @command("SELECT", 2)
 def select(session, words):
-    return "OK" if words[1] == b"0" else RespError("ERR DB index is out of range")
+    return "OK" if whole(words[1]) == 0 else RespError("ERR DB index is out of range")
 
 
 @command("CLIENT", 2, -1)
@@ -137,6 +154,14 @@ def quit_(session, words):
     return NotImplemented               # it is answered already
 
 
+@command("RESET", 1)
+def reset(session, words):
+    on_disconnect(session, None, None)          # all that is remembered of it, as if it were new
+    on_connect(session)
+    leviathan.Resp.version(session, 2)
+    return "RESET"
+
+
 # ---- keys and strings
 
 def matches(pattern, name):
@@ -166,10 +191,10 @@ def set_(session, words):
     while options:
         option = options.pop(0)
         if option in (b"EX", b"PX") and options:
-            seconds = whole(options.pop(0)) / (1 if option == b"EX" else 1000)
-            if seconds <= 0:
-                return RespError("ERR invalid expire time in 'set' command")
-            ends = time.monotonic() + seconds
+            wanted = life(words[0], options.pop(0), 1000 if option == b"EX" else 1)
+            if wanted <= 0:
+                return RespError("ERR invalid expire time in '%s' command" % words[0].decode().lower())
+            ends = time.monotonic() + wanted / 1000
         elif option not in (b"NX", b"XX", b"GET", b"KEEPTTL"):
             return SYNTAX
     if unless and only:
@@ -191,7 +216,7 @@ def setnx(session, words):
 
 @command("SETEX", 4)
 def setex(session, words):
-    return set_(session, [b"SET", words[1], words[3], b"EX", words[2]])
+    return set_(session, [words[0], words[1], words[3], b"EX", words[2]])
 
 
 @command("MGET", 2, -1)
@@ -255,8 +280,14 @@ def keys(session, words):
 
 @command("SCAN", 2, -1)
 def scan(session, words):
+    if not words[1].isdigit():
+        return RespError("ERR invalid cursor")
     options = dict(zip([word.upper() for word in words[2::2]], words[3::2]))
-    return [b"0", keys(session, [b"", options.get(b"MATCH", b"*")])]       # all at once
+    if len(words) % 2 or set(options) - {b"MATCH", b"COUNT", b"TYPE"} or whole(options.get(b"COUNT", b"1")) < 1:
+        return SYNTAX
+    kind = options.get(b"TYPE", b"").decode().lower()
+    return [b"0", [key for key in keys(session, [b"", options.get(b"MATCH", b"*")])       # all at once
+                   if kind in ("", type_(session, [b"", key]))]]
 
 
 @command("TYPE", 2)
@@ -271,6 +302,8 @@ def dbsize(session, words):
 
 @command("FLUSHALL", 1, 2)
 def flushall(session, words):
+    if len(words) > 1 and words[1].upper() not in (b"ASYNC", b"SYNC"):
+        return SYNTAX
     data.clear()
     expires.clear()
     return "OK"
@@ -279,13 +312,14 @@ def flushall(session, words):
 command("FLUSHDB", 1, 2)(flushall)
 
 
-def expire_in(key, seconds):
+def expire_in(words, unit):
+    key, wanted = words[1], life(words[0], words[2], unit)
     if find(key, None) is None:
         return 0
-    if seconds <= 0:
+    if wanted <= 0:
         remove(key)
     else:
-        expires[key] = time.monotonic() + seconds
+        expires[key] = time.monotonic() + wanted / 1000
     return 1
 
 
@@ -295,8 +329,8 @@ def time_left(key, unit):
     return round((expires[key] - time.monotonic()) * unit) if key in expires else -1
 
 
-command("EXPIRE", 3)(lambda session, words: expire_in(words[1], whole(words[2])))
-command("PEXPIRE", 3)(lambda session, words: expire_in(words[1], whole(words[2]) / 1000))
+command("EXPIRE", 3)(lambda session, words: expire_in(words, 1000))
+command("PEXPIRE", 3)(lambda session, words: expire_in(words, 1))
 command("TTL", 2)(lambda session, words: time_left(words[1], 1))
 command("PTTL", 2)(lambda session, words: time_left(words[1], 1000))
 
@@ -330,11 +364,11 @@ def lpush(session, words):
 
 def pop(words, at):
     items = find(words[1], list)
-    if items is None:
-        return None
-    count = whole(words[2]) if len(words) > 2 else 1
+    count = whole(words[2], NOT_POSITIVE) if len(words) > 2 else 1
     if count < 0:
-        return RespError("ERR value is out of range, must be positive")
+        return NOT_POSITIVE
+    if items is None:
+        return NO_LIST if len(words) > 2 else None
     taken = [items.pop(at) for _ in range(min(count, len(items)))]
     kept(words[1])
     return taken if len(words) > 2 else taken[0]
@@ -382,7 +416,7 @@ def hdel(session, words):
 @command("HINCRBY", 4)
 def hincrby(session, words):
     fields = find(words[1], dict) or {}
-    number = whole(fields.get(words[2], b"0")) + whole(words[3])
+    number = whole(words[3]) + whole(fields.get(words[2], b"0"), RespError("ERR hash value is not an integer"))
     if not -1 << 63 <= number < 1 << 63:
         return RespError("ERR increment or decrement would overflow")
     make(words[1], dict)[words[2]] = b"%d" % number
@@ -444,7 +478,7 @@ def publish(session, words):
 
 
 SUBSCRIBING = {b"SUBSCRIBE", b"UNSUBSCRIBE", b"PSUBSCRIBE", b"PUNSUBSCRIBE"}
-IN_RESP2 = SUBSCRIBING | {b"PING", b"QUIT"}
+IN_RESP2 = SUBSCRIBING | {b"PING", b"QUIT", b"RESET"}
 
 
 # ---- transactions
@@ -472,10 +506,11 @@ def exec_(session, words):
         return RespError("ERR EXEC without MULTI")
     if session.data.wrong:
         return RespError("EXECABORT Transaction discarded because of previous errors.")
-    return [answer(session, function, arguments) for function, arguments in queued]
+    replies = [answer(session, function, arguments) for function, arguments in queued]
+    return [None if reply is NO_LIST else reply for reply in replies]
 
 
-AT_ONCE = (multi, discard, exec_, quit_)
+AT_ONCE = (multi, discard, exec_, quit_, reset)
 
 
 # ---- the server
@@ -506,8 +541,10 @@ def on_command(session, words):
         reply = answer(session, function, words)
     if type(reply) is RespError and function is not multi:
         me.wrong = True
-    if reply is not NotImplemented:
-        session.send(reply)
+    if reply is NO_LIST and leviathan.Resp.version(session) == 2:
+        session.write(b"*-1\r\n")
+    elif reply is not NotImplemented:
+        session.send(None if reply is NO_LIST else reply)
 
 
 def on_connect(session):

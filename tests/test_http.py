@@ -13,7 +13,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, WINDOWS, Log, connect, eventually, read_exactly, read_to_end
+from conftest import DEADLINE, WINDOWS, WINE, Log, connect, eventually, read_exactly, read_to_end
 from leviathan import Headers, Http, HttpError, Request, Response
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -194,6 +194,20 @@ def test_targets_of_options_and_connect():
     assert taken(b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n").target == "a:443"
     for line in (b"GET *", b"CONNECT /", b"GET a:443", b"GET ftp://a/", b"GET a", b"CONNECT a/b"):
         refused(line + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400)
+
+
+@pytest.mark.parametrize("target", [b"http:///x", b"http://", b"https://?x", b"http://:80/x", b"http://user@a/x",
+                                    b"https://user:password@a", b"http://a#@b/", b"http:/x", b"http:x"])
+def test_an_absolute_target_has_a_host_and_no_user(target):
+    """RFC 9110 sections 4.2.1 and 4.2.4; also behind header lines that are known."""
+    refused(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % target, 400)
+    driven = of(GET).feed(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+    assert driven.status == 400 and len(driven.packets) == 1
+
+
+def test_what_looks_like_a_user_behind_the_host_is_none():
+    for target, path in ((b"http://a:80/x@y:z", "/x@y:z"), (b"http://a?b@c", "/"), (b"http://[::1]:80/", "/")):
+        assert taken(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % target).path == path
 
 
 def test_keep_alive_by_version_and_connection():
@@ -555,6 +569,62 @@ def test_a_handler_that_raises_costs_500_and_the_connection():
     assert driven.ended[0] is leviathan.Reason.ERROR and b"on purpose" not in driven.sent
 
 
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.0", b"GET / HTTP/1.1"])
+def test_a_handler_that_raises_behind_the_head_of_a_stream_aborts(serve, line):
+    """To HTTP/1.0 the connection's end is the body's: half an answer would be taken for a whole one."""
+    def handler(session, request):
+        request.stream().write(b"half")
+        raise RuntimeError("on purpose")
+
+    server = serve(Http(), handler)
+    client = server.client()
+    client.sendall(line + b"\r\nHost: a\r\n\r\n")
+    session, reason, _ = server.ended.wait()[0]
+    assert session.aborted and reason is leviathan.Reason.ERROR
+    if not WINE:                                        # there recv says b"" to a reset, whoever sends it
+        with pytest.raises(ConnectionError):
+            while client.recv(1000):
+                pass
+            pytest.fail("a clean end")
+
+
+@pytest.mark.parametrize("give", [
+    lambda request: request.session.send("hi"), lambda request: request.session.send(b"hi"),
+    lambda request: request.session.send(Response(204)), lambda request: request.stream(200)],
+    ids=["str", "bytes", "204", "stream"])
+def test_no_2xx_to_connect(serve, give):
+    """It would begin a tunnel: what comes behind it is not HTTP, and is never parsed (RFC 9110 section 9.3.6)."""
+    requests, raised = Log(), Log()
+
+    def handler(session, request):
+        requests.add(request)
+        if request.method == "CONNECT":
+            try:
+                give(request)
+            except ValueError as error:
+                raised.add(error)
+                raise
+        else:
+            session.send(b"hi")
+
+    server = serve(Http(), handler)
+    for number in (1, 2):                               # the header lines are known the second time
+        client = server.client()
+        client.sendall(b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n" + GET)
+        data = read_to_end(client)
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"500"] and len(requests) == len(raised) == number
+        other = server.client()
+        other.sendall(GET)
+        assert response_of(other)[0] == 200
+        del requests.items[-1]
+
+
+def test_connect_may_be_refused():
+    driven = Driven(Http(), lambda session, request: request.reply(Response(405 if request.method == "CONNECT" else 200)))
+    driven.feed(b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n" + GET)
+    assert re.findall(rb"HTTP/1.1 (\d+)", driven.sent) == [b"405", b"200"] and driven.ended is None
+
+
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 def answer(response, request=GET):
@@ -598,7 +668,7 @@ def test_the_date_is_right_and_made_once_a_second():
     assert http._start(200) != b"old"
 
 
-@pytest.mark.parametrize("status, length", [(204, 0), (304, 0), (200, 2)])
+@pytest.mark.parametrize("status, length", [(204, 0), (205, 0), (304, 0), (200, 2)])
 def test_answers_that_come_again_are_the_same(serve, status, length):
     """What stands before a body is kept; the third answer of a kind is made of that, if it may be."""
     server = serve(Http(), lambda session, request: session.send(Response(status, {"X": "y"}, b"ab")))
@@ -642,6 +712,22 @@ def test_204_and_304_have_no_body(status):
     head, body = answer(Response(status, None, b""))
     assert body == b"" and "Content-Length" not in head
     assert answer(Response(status, None, b"ignored"))[1] == b""
+
+
+@pytest.mark.parametrize("request_", [GET, GET.replace(b"GET", b"HEAD"), b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"])
+def test_205_has_a_length_of_0_and_no_content(request_):
+    """RFC 9110 section 15.3.6."""
+    for response in (Response(205), Response(205, {"Content-Length": "0"}, None), Response(205, None, b"ignored"),
+                     Response(205, {"X": "y"}, "ignored")):
+        driven = Driven(Http(), lambda session, request: session.send(response)).feed(request_ * 3)
+        assert driven.sent.count(b"Content-Length: 0\r\n") == driven.sent.count(b"HTTP/1.1 205 Reset Content\r\n") == 3
+        assert b"ignored" not in driven.sent and driven.sent.endswith(b"\r\n\r\n") and driven.ended is None
+    head, body, driven = streamed(request_, 205)
+    assert head.count("Content-Length: 0") == 1 and "chunked" not in head and body == b"" and driven.ended is None
+    for raises in (lambda: Http()._encode_answer(Request()._head, Response(205, {"Content-Length": "5"}, b"12345")),
+                   lambda: Http().stream_head(Request(), 205, {"Content-Length": "5"})):
+        with pytest.raises(ValueError):
+            raises()
 
 
 def test_interim_answers_come_before_the_answer():
@@ -691,6 +777,16 @@ def test_other_types_are_a_type_error():
         Http()._encode_answer(Request()._head, 5)
     with pytest.raises(TypeError):
         Driven(Http("client")).send(5)
+    for body in (5, 1.5, ["x"]):                        # bytes(5) would be five NULs
+        with pytest.raises(TypeError):
+            Http()._encode_answer(Request()._head, Response(200, None, body))
+        with pytest.raises(TypeError):
+            Request("POST", "/", None, body)
+        streams = []
+        Driven(Http(), lambda session, request: streams.append(request.stream())).feed(GET)
+        with pytest.raises(TypeError):
+            streams[0].write(body)
+        assert streams[0].write(b"fine") and streams[0].close()
     with pytest.raises(ValueError):
         Http().encode(b"to all")
 
@@ -896,6 +992,44 @@ def test_a_client_refuses_a_response_that_nobody_asked_for():
     assert len(driven.packets) == 1 and len(driven.errors) == 1
 
 
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
+
+
+@pytest.mark.parametrize("size", [1, len(POISON) - 7, len(POISON) - 3, len(POISON)], ids=["a byte", "head", "body", "whole"])
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "apart"])
+def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request(size, apart):
+    """Wherever they are cut, and whether the next request is sent by the handler or later (RFC 9112 section 6.3)."""
+    results = []
+
+    def handler(session, response):
+        results.append(response.body)
+        if not apart:
+            results.append(session.send("/two"))
+
+    driven = Driven(Http("client"), handler)
+    driven.send("/one")
+    answer_ = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    for part in (answer_, POISON[:size]) if apart else (answer_ + POISON[:size],):
+        driven.feed(part)
+    assert results == [b"ok"] + [False] * (not apart)
+    assert driven.ended[0] is leviathan.Reason.PROTOCOL and isinstance(driven.errors[0], HttpError)
+    assert driven.send("/two") is False and driven.sent.count(b"HTTP/1.1\r\n") == 1
+    driven.feed(POISON[size:])
+    assert results[:1] == [b"ok"] and POISON[-6:] not in results
+
+
+def test_a_client_sends_nothing_behind_a_request_that_closes():
+    """RFC 9112 section 9.6: the server will not read it."""
+    driven = Driven(Http("client"))
+    assert driven.send("/1") and driven.send(Request("GET", "/2", {"Connection": "close"})) and not driven.send("/3")
+    assert b"/3" not in driven.sent
+    driven.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert not driven.send("/4")                        # not even when nothing more is missing but that answer
+    driven.feed(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+    assert [response.request.target for response in driven.packets] == ["/1", "/2"] and driven.errors == []
+    assert driven.ended == (leviathan.Reason.NORMAL, None)
+
+
 def test_a_clients_body_until_the_end_is_limited():
     assert ask(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 101, max_body=100).errors
 
@@ -913,7 +1047,8 @@ def test_what_a_client_sends():
     assert sent(Request("GET", "/", {"Connection": "close"})).count(b"Connection: close\r\n") == 1
     assert len(sent(Request("POST", "/", None, b"x" * 100000))) > 100000
     for request in (Request("G T"), Request("GET", "/a b"), Request("GET", "/\r\nX: y"), Request("GET", "/", {"A": "b\nc"}),
-                    Request("CONNECT", "a:1"), Request("POST", "/", {"Content-Length": "5"}, b"x"), Request("GET", "")):
+                    Request("CONNECT", "a:1"), Request("POST", "/", {"Content-Length": "5"}, b"x"), Request("GET", ""),
+                    Request("GET", "/", [("Host", "a"), ("host", "b")]), Request("GET", "/", [("Host", "a"), ("Host", "a")])):
         with pytest.raises(ValueError):
             sent(request)
 
@@ -1174,6 +1309,159 @@ def test_idle_connections_are_closed_without_a_word_and_owed_answers_are_waited_
     requests.wait()[0].reply(b"late")
     assert response_of(waiting)[2] == b"late"
     assert read_to_end(waiting) == b""
+
+
+PATIENT = {"idle_timeout": 1000, "packet_timeout": 1000}        # timeouts that no test waits for: see `silence`
+
+
+def silence(server, session, look=True, clocks=("last", "since")):
+    """As if nothing had been heard of a session for longer than its timeouts; then *look* for such, as the timer does."""
+    done = Log()
+
+    def silent():
+        for clock in clocks:
+            if getattr(session, clock):
+                setattr(session, clock, getattr(session, clock) - 2000)
+        if look:
+            server.communicator._sweep()
+        server.queue.post(done.add, True)               # behind what that has begun
+
+    server.queue.post(silent)
+    done.wait()
+
+
+@pytest.mark.parametrize("protocol", ["http", "resp"])
+def test_who_still_takes_his_answer_is_not_idle(serve, protocol):
+    """An answer of 24 MiB may take longer than idle_timeout to leave; the peer is silent, and busy."""
+    big = b"x" * (24 << 20)
+    framing, ask_ = (Http(), GET) if protocol == "http" else (leviathan.Resp(), b"GET\r\n")
+    server = serve(framing, lambda session, request: session.send(big), idle_timeout=1000, send_limit=1 << 26)
+    client, session = server.pair(SO_RCVBUF=65536)
+    client.sendall(ask_)
+    head = b""
+    while not head.endswith(b"\r\n\r\n" if protocol == "http" else b"\r\n"):
+        head += read_exactly(client, 1)
+    for _ in range(2):
+        silence(server, session, look=False)
+        before = session.last
+        read_exactly(client, 8 << 20)                   # more than the system holds for him
+        eventually(lambda: session.last > before + 1000, 3)
+        server.queue.post(server.communicator._sweep)
+    assert read_exactly(client, 8 << 20) == big[:8 << 20] and not len(server.ended)
+
+
+@pytest.mark.parametrize("begin", [lambda request, body: request.reply(body),
+                                   lambda request, body: request.stream().write(body)],
+                         ids=["whole", "to be continued"])
+def test_who_takes_nothing_of_his_answer_is_idle(serve, begin):
+    server = serve(Http(), lambda session, request: begin(request, b"x" * (24 << 20)), idle_timeout=1000, send_limit=1 << 26)
+    client, session = server.pair(SO_RCVBUF=65536)
+    client.sendall(GET)
+    eventually(lambda: session.unsent)
+    while not len(server.ended):                        # what the system takes at first is progress, too
+        silence(server, session)
+    assert server.ended.wait()[0][1] is leviathan.Reason.TIMEOUT
+
+
+def test_whose_requests_wait_for_others_answers_is_neither_idle_nor_slow(serve):
+    """It is the server that does not read on: max_pipelined."""
+    requests = Log()
+    server = serve(Http(max_pipelined=4), lambda session, request: requests.add(request), **PATIENT)
+    client, session = server.pair()
+    client.sendall(GET * 12)
+    eventually(lambda: session.paused & leviathan.PAUSED_PIPELINED)
+    silence(server, session)
+    for number in range(12):
+        requests.wait(number + 1)[number].reply(b"%d" % number)
+    assert [response_of(client)[2] for _ in range(12)] == [b"%d" % number for number in range(12)]
+
+
+@pytest.mark.parametrize("protocol", ["http", "resp"])
+def test_a_session_that_a_handler_has_paused_is_neither_idle_nor_slow(serve, protocol):
+    packets = Log()
+
+    def handler(session, packet):
+        session.pause()
+        packets.add(packet)
+
+    framing, ask_ = (Http(), GET) if protocol == "http" else (leviathan.Resp(), b"PING\r\n")
+    server = serve(framing, handler, **PATIENT)
+    client, session = server.pair()
+    client.sendall(ask_ * 2)
+    for number in (1, 2):
+        packets.wait(number)
+        silence(server, session)
+        session.send(b"late")
+        session.resume()
+    if protocol == "resp":
+        assert read_exactly(client, 20) == b"$4\r\nlate\r\n" * 2
+    else:
+        assert [response_of(client)[2] for _ in range(2)] == [b"late"] * 2
+
+
+def test_who_waits_for_the_servers_memory_is_neither_idle_nor_slow(serve, harness):
+    bodies = Log()
+
+    def handler(session, request):
+        bodies.add(len(request.body))
+        session.send(b"done")
+
+    server = serve(Http(max_body=500000), handler, manager=harness.manager(memory_limit=(1 << 19) + (1 << 17)), **PATIENT)
+    first, one = server.pair()
+    head = POST + b"Content-Length: 500000\r\n\r\n"
+    first.sendall(head)
+    eventually(lambda: one.partial is not None and one.partial.size >= 500000)
+    second, two = server.pair()
+    second.sendall(head)
+    eventually(lambda: two.paused & leviathan.PAUSED_MEMORY)
+    silence(server, two)
+    first.sendall(b"x" * 500000)
+    assert response_of(first)[2] == b"done"
+    second.sendall(b"x" * 500000)
+    assert response_of(second)[2] == b"done" and bodies.wait(2) == [500000] * 2
+
+
+def expecting(serve):
+    """A server whose client waits for a 100 Continue behind an answer that is owed: (server, client, session, requests)."""
+    requests = Log()
+    server = serve(Http(), lambda session, request: requests.add(request), **PATIENT)
+    client, session = server.pair()
+    client.sendall(GET + POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    eventually(lambda: session.protocol is not None and session.protocol.due)
+    return server, client, session, requests
+
+
+def continued(client, requests):
+    """The answer that is owed, then the 100; the client sends the body, and gets that answer, too."""
+    requests.wait()[0].reply(b"first")
+    assert response_of(client)[2] == b"first"
+    assert read_exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def test_a_body_that_waits_for_our_100_continue_is_not_slow(serve):
+    server, client, session, requests = expecting(serve)
+    silence(server, session)
+    continued(client, requests)
+    client.sendall(b"abc")
+    requests.wait(2)[1].reply(b"second")
+    assert response_of(client)[2] == b"second" and requests.items[1].body == b"abc"
+
+
+def test_the_deadline_of_a_body_begins_when_we_ask_for_it(serve):
+    server, client, session, requests = expecting(serve)
+    silence(server, session, look=False)
+    continued(client, requests)
+    silence(server, session, clocks=())                 # the timer looks, no more
+    client.sendall(b"abc")
+    requests.wait(2)[1].reply(b"second")
+    assert response_of(client)[0] == 200
+
+
+def test_who_is_asked_for_his_body_and_does_not_send_it_is_slow(serve):
+    server, client, session, requests = expecting(serve)
+    continued(client, requests)
+    silence(server, session, clocks=("since",))
+    assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_peer_that_half_closes_gets_its_answers(serve):

@@ -81,6 +81,7 @@ COMMANDS = [
     (words(b"SET", b"k", b"v"), [b"SET", b"k", b"v"]),
     (words(b"SET", b"\r\n$1\r\n", b"\r\n"), [b"SET", b"\r\n$1\r\n", b"\r\n"]),
     (words(b"GET", b""), [b"GET", b""]),
+    (b'"\\x6e\\x72\\x74\\x62\\x61\\x5C\\xZZ" "\\n\\x0a"\r\n', [b"nrtba\\xZZ", b"\n\n"]),      # \x6e is n, and not \n
     (b"  set  \"a b\\x41\\n\" 'it\\'s' x\"y z\"\r\n", [b"set", b"a bA\n", b"it's", b"xy z"]),
     (words(*[b"%d" % number for number in range(300)]), [b"%d" % number for number in range(300)]),
     (words(b"SET", b"k", b"x" * 5000), [b"SET", b"k", b"x" * 5000]),
@@ -280,6 +281,43 @@ def test_a_large_array_in_small_pieces_is_read_once(role):
         assert wire.failure is None
     assert wire.packets == [[b"abc"] * 3000]
     assert sum(looked) < 4 * len(stream)
+
+
+@pytest.mark.parametrize("command", [b"*1\r\n$4\r\nPING\r\n", b"PING\r\n", b'"PING"\r\n'], ids=["array", "inline", "quoted"])
+def test_who_pauses_at_each_command_has_each_line_split_once(command):
+    """What is left behind a pause is not split again for each command that is in it."""
+    lines = []
+
+    class Received(bytes):
+        def __getitem__(self, key):
+            part = bytes.__getitem__(self, key)
+            return Received(part) if isinstance(part, bytes) else part
+
+        def split(self, *separator):
+            found = bytes.split(self, *separator)
+            lines.append(len(found))
+            return found
+
+    wire = Wire(Resp())
+    handled = []
+
+    def pausing(session, packet):
+        handled.append(packet)
+        session.paused = leviathan.PAUSED_USER
+
+    wire.receive = wire.framing.receiver(pausing, wire.rest, wire.fail)
+    wire.left = command * 1000
+    while wire.left:
+        wire.paused, data, wire.left = 0, Received(wire.left), b""
+        wire.receive(wire, data, len(data))
+        assert wire.failure is None
+    assert handled == [[b"PING"]] * 1000
+    assert sum(lines) < 8 * 1000                        # 3 of a command at most; split at each pause, a million
+    wire.receive = wire.framing.receiver(wire.noted, wire.rest, wire.fail)
+    wire.paused = 0
+    lines.clear()
+    wire.receive(wire, Received(command * 3), len(command * 3))
+    assert wire.packets == [[b"PING"]] * 3 and lines    # who pauses no more has the fast form again
 
 
 def buffer_of(data):
@@ -654,6 +692,88 @@ def test_subscriber_mode_of_resp2(harness):
     assert refused_.wait() == [[RespError("NOPERM no")]] and none.wait() == [[[b"unsubscribe", None, 0]]]
 
 
+FORGED = [b"message", b"a", b"forged"]          # a list that somebody has pushed, as LRANGE gives it
+
+
+def test_reset_ends_the_subscriptions(harness):
+    """A list that looks like a message is a reply again; and before RESET is answered it is none."""
+    server = Scripted(harness)
+    link = server.link
+    subscribed, reset, after = link.call("SUBSCRIBE", "a"), link.call("RESET"), link.call("LRANGE")
+    server.sends(encoded([b"subscribe", b"a", 1], FORGED, "RESET", FORGED, version=2))
+    assert subscribed.wait() == [[[b"subscribe", b"a", 1]]] and reset.wait() == [["RESET"]] and after.wait() == [[FORGED]]
+    assert link.pushes.items == [[b"subscribe", b"a", 1], FORGED] and link.unasked.items == []
+    # It ends the version 3, too: messages are arrays from then on.
+    link.call("HELLO", 3), link.call("RESET")
+    again = link.call("SUBSCRIBE", "a")
+    server.sends(encoded({b"proto": 3}, Push([b"message", b"b", b"x"])))
+    server.sends(encoded("RESET", [b"subscribe", b"a", 1], version=2))
+    assert again.wait() == [[[b"subscribe", b"a", 1]]]
+    pong = link.call("PING")
+    server.sends(encoded(FORGED, [b"pong", b""], version=2))
+    assert pong.wait() == [[[b"pong", b""]]] and link.pushes.items[-1] == FORGED
+
+
+def test_a_reset_that_is_refused_ends_nothing(harness):
+    server = Scripted(harness)
+    link = server.link
+    link.call("SUBSCRIBE", "a"), link.call("RESET")
+    pong = link.call("PING")
+    server.sends(encoded([b"subscribe", b"a", 1], RespError("NOPERM no"), FORGED, [b"pong", b""], version=2))
+    assert pong.wait() == [[[b"pong", b""]]] and link.pushes.items == [[b"subscribe", b"a", 1], FORGED]
+
+
+def test_hello_says_how_messages_come_from_then_on(harness):
+    """As RESP2's arrays or as pushes; the subscriptions stay."""
+    server = Scripted(harness)
+    link = server.link
+    for command in (["HELLO", 3], ["SUBSCRIBE", "a"], ["hello", b"2"]):
+        link.call(*command)
+    pong = link.call("PING")
+    server.sends(encoded({b"proto": 3}, Push([b"subscribe", b"a", 1])))
+    server.sends(encoded({b"proto": 2}, FORGED, [b"pong", b""], version=2))
+    assert pong.wait() == [[[b"pong", b""]]] and link.pushes.items[1:] == [FORGED]
+    other = Scripted(harness)
+    other.link.call("SUBSCRIBE", "a"), other.link.call("HELLO", 3)
+    listed = other.link.call("LRANGE")
+    other.sends(encoded([b"subscribe", b"a", 1], version=2) + encoded({b"proto": 3}, FORGED))
+    assert listed.wait() == [[FORGED]]                  # no push: in RESP3 it is what was asked for
+    refused_, listed = other.link.call("HELLO", 4), other.link.call("LRANGE")
+    other.sends(encoded(RespError("NOPROTO unsupported protocol version"), FORGED))
+    assert refused_.wait()[0][0].code == "NOPROTO" and listed.wait() == [[FORGED]]
+    batch = other.link.call(Pipeline([["HELLO", 3], ["PING"]]))
+    other.sends(encoded({b"proto": 3}, "PONG"))
+    assert batch.wait() == [[[{b"proto": 3}, "PONG"]]]
+    # Within a Pipeline it is not looked at; then the next confirmation says the same.
+    other.link.call("HELLO", 3), other.link.call(Pipeline([["HELLO", 2], ["PING"]]))
+    subscribed, pong = other.link.call("SUBSCRIBE", "b"), other.link.call("PING")
+    other.sends(encoded({b"proto": 3}, Push([b"message", b"a", b"x"])))
+    other.sends(encoded({b"proto": 2}, "PONG", [b"subscribe", b"b", 2], FORGED, [b"pong", b""], version=2))
+    assert subscribed.wait() == [[[b"subscribe", b"b", 2]]] and pong.wait() == [[[b"pong", b""]]]
+    with pytest.raises(ValueError):
+        other.link.call(Pipeline([["RESET"]]))
+
+
+def test_after_a_false_no_callback_is_called():
+    """Not even when the connection ends a moment later, which tells all others."""
+    class Full:
+        """A session that takes one command, and then no more."""
+        protocol, reason, error, taken = None, None, None, 0
+
+        def put(self, data, on_sent=None):
+            self.taken += 1
+            return self.taken == 1
+
+    session, told = Full(), Log()
+    resp = Resp("client")
+    resp.begin(session)
+    assert resp.call(session, ["A"], lambda session, reply: told.add("taken"))
+    for command in (["B"], Pipeline([["C"], ["D"]]), ["SUBSCRIBE", "x"]):
+        assert resp.call(session, command, lambda session, reply: told.add("refused")) is False
+    resp.closed(session)
+    assert told.items == ["taken"]
+
+
 def test_pushes_of_resp3_go_between_the_replies(harness):
     server = Scripted(harness)
     link = server.link
@@ -715,6 +835,16 @@ def test_subscriptions_with_a_real_redis(harness, real):  # noqa: F811
         assert link.pushes.wait(5)[3:] == [[b"message", b"a", b"hi"], [b"pmessage", b"a*", b"a", b"hi"]]
         assert link.ask("UNSUBSCRIBE")[2] == 1 and link.ask("PUNSUBSCRIBE", "a*") == [b"punsubscribe", b"a*", 0]
         assert link.ask("GET", "none") is None and link.unasked.items == []
+        # Subscriptions outlive HELLO, and RESET ends them.
+        link.ask("SUBSCRIBE", "a")
+        if protocol == 3:
+            link.ask("HELLO", 2)
+        heard = len(link.pushes) + 1
+        assert other.ask("PUBLISH", "a", "again") == 1
+        assert link.pushes.wait(heard)[-1] == [b"message", b"a", b"again"] and link.ask("PING") == [b"pong", b""]
+        assert link.ask("RESET") == "RESET" and other.ask("PUBLISH", "a", "nobody") == 0
+        other.ask("DEL", "l"), other.ask("RPUSH", "l", *FORGED)
+        assert link.ask("LRANGE", "l", 0, -1) == FORGED and len(link.pushes) == heard and link.unasked.items == []
 
 
 def test_pending_requests_when_a_real_redis_stops(harness, real):  # noqa: F811

@@ -1,7 +1,10 @@
 """The examples that speak RESP, against Redis' own programs and the redis package."""
+import shlex
+
 import pytest
 
-from conftest import eventually, read_exactly
+import leviathan
+from conftest import connect, eventually, read_exactly
 from real_redis import needed, package, real, run  # noqa: F401
 from test_examples import ROOT, Program, example, line_of, lines_of, python_blocks
 
@@ -33,6 +36,9 @@ def test_redis_server_by_hand(server):
         ask(client, b"multi\r\nset a 1\r\nincr a\r\nexec\r\n", b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n+OK\r\n:2\r\n")
         ask(client, b"multi\r\nnothing\r\nexec\r\n", b"+OK\r\n-ERR unknown command 'nothing'\r\n"
             b"-EXECABORT Transaction discarded because of previous errors.\r\n")
+        ask(client, b"multi\r\nsubscribe c\r\nexec\r\nping\r\n", b"+OK\r\n-ERR Command not allowed inside a transaction\r\n"
+            b"-EXECABORT Transaction discarded because of previous errors.\r\n+PONG\r\n")
+        ask(client, b"lpop none 1\r\nlpop none\r\nreset\r\n", b"*-1\r\n$-1\r\n+RESET\r\n")
         ask(client, b"hset h f 1\r\nhgetall h\r\n", b":1\r\n*2\r\n$1\r\nf\r\n$1\r\n1\r\n")
         client.sendall(b"hello 3\r\n")
         while line_of(client) != b"modules":
@@ -47,6 +53,97 @@ def test_redis_server_by_hand(server):
             b"-ERR Can't execute 'get': only")
         client.sendall(b"quit\r\n")
         assert read_exactly(client, 5) == b"+OK\r\n" and client.recv(1) == b""
+
+
+# Commands that the example and Redis 7 must answer with the same bytes, each list on an empty database and a connection of
+# its own. What the example does otherwise on purpose is not here: one database, nothing but PING, QUIT, RESET and
+# (P)(UN)SUBSCRIBE when subscribed, no subscribing within MULTI, and an error that names an unknown command but not its words.
+ALIKE = {
+    "lrange": """RPUSH l a b c d e; LRANGE l 0 -7; LRANGE l 0 -6; LRANGE l -100 -7; LRANGE l 1 -9; LRANGE l 3 1;
+        LRANGE l -3 -2; LRANGE l 0 99; LRANGE none 0 -1; LINDEX l -6; LINDEX l -5""",
+    "patterns": r"""MSET hello 1 hallo 2 hxllo 3 h*llo 4; KEYS h[^e]llo; KEYS h\*llo; KEYS h[a-e]llo; KEYS h?llo;
+        KEYS *l*; KEYS x""",
+    "a transaction": """MULTI; SET a 1; INCR a; LRANGE none 0 -1; LPOP a; EXEC; EXEC; DISCARD; MULTI; SET a; EXEC;
+        MULTI; DISCARD""",
+    "multi in multi": "MULTI; MULTI; SET a 1; EXEC; GET a",
+    "the options of SET": """SET k v EX 10 PX 10; SET k v EX 10 KEEPTTL; SET k v KEEPTTL PX 10; SET k v NX XX;
+        SET k v EX 0; SET k v PX -1; SET k v EX; SET k v EX abc; SET k v FOO; SET k v NX GET; GET k; SET k v2 NX GET;
+        SET k v3 XX GET; TTL k; SET k v EX 100; SET k w KEEPTTL; TTL k; SET k x; TTL k; SET k v EX 99999999999999999;
+        SET k v EX 9223372036854775807; SET k v PX 9223372036854775807; GET k; SETEX k 0 v; SETEX k -1 v; SETEX k abc v;
+        SETEX k 9223372036854775807 v""",
+    "KEEPTTL of what is over": """SET k v PX 1; GONE k; SET k w KEEPTTL; GET k; TTL k; SET k v PX 1; GONE k; PERSIST k;
+        TTL k""",
+    "integers": """SET n 10; INCRBY n 007; INCRBY n -0; INCRBY n +1; INCRBY n " 1"; INCRBY n 9223372036854775808;
+        INCRBY n 1_0; INCRBY n 9223372036854775807; DECRBY n 9223372036854775807; DECRBY n 100; GET n; SET n ""; INCR n;
+        SET n " 5"; INCR n; SET n 012; INCR n; SET n -0; INCR n; SET n -9223372036854775808; DECR n; GET n;
+        INCRBY new 5""",
+    "popping": """RPUSH l a b c; LPOP l -1; RPOP l -1; LPOP l x; LPOP l 0; LPOP l 2; LPOP l 5; LPOP l; LPOP l 1;
+        RPOP l 0; LPOP none -1; LLEN l; EXISTS l; RPUSH l a b c; RPOP l 2; RPOP l; TYPE l""",
+    "times": """SET k v; EXPIRE k 9999999999999999999; EXPIRE k 9223372036854775807; EXPIRE k -9223372036854775807;
+        TTL k; PEXPIRE k 9223372036854775807; EXPIRE none 9223372036854775807; EXPIRE k abc; EXPIRE k 100; TTL k;
+        PERSIST k; PERSIST k; TTL k; EXPIRE k -1; EXISTS k; EXPIRE k 10; TTL none; PTTL none""",
+    "hashes": """HSET h a; HSET h a 1 b; EXISTS h; HSET h a 1 b 2; HINCRBY h a 9223372036854775807; HINCRBY h c x;
+        HSET h s abc; HINCRBY h s 1; HINCRBY h c -5; HINCRBY h c -9223372036854775808; HGET h c; HDEL h a b c s zz;
+        EXISTS h; HINCRBY h q 5; HGETALL h; HDEL h q; TYPE h; HMGET h a b""",
+    "wrong types": """RPUSH l a; GET l; APPEND l x; INCR l; SETNX l v; MGET l s; STRLEN l; HGET l a; SET l v GET;
+        TYPE l; SET l v; TYPE l; LPUSH l a; HSET l a b; LPOP l""",
+    "HELLO": """HELLO 4; HELLO abc; HELLO 3x; HELLO 3 AUTH; HELLO 3 AUTH default; HELLO 3 FOO; HELLO 3 SETNAME;
+        GET none; HELLO 3 SETNAME me; GET none; LPOP none 2; HGETALL none; HELLO 2; GET none; LPOP none 2""",
+    "SCAN": """SET abc 1; RPUSH l a; SCAN 0 MATCH a*; SCAN 0 COUNT; SCAN 0 COUNT 0; SCAN 0 COUNT x; SCAN abc;
+        SCAN 0 TYPE list; SCAN 0 TYPE zset; SCAN 0 FOO 1; SCAN 0 match l count 10 type LIST""",
+    "subscribing": """SUBSCRIBE a b; PSUBSCRIBE p*; PING; PING hi; UNSUBSCRIBE a; UNSUBSCRIBE; PUNSUBSCRIBE;
+        UNSUBSCRIBE; GET none; SUBSCRIBE a; GET none; RESET; GET none; UNSUBSCRIBE""",
+    "RESET": "HELLO 3; SUBSCRIBE a; RESET; GET none; PUBLISH a nobody; MULTI; SET a 1; RESET; EXEC; RESET x",
+    "the rest": """SELECT 0; SELECT x; FLUSHALL foo; FLUSHALL ASYNC; GET; MSET a 1 b; MSET a 1 a 2; GET a; DEL a a none;
+        APPEND k abc; APPEND k def; STRLEN k; STRLEN none; ECHO ""; EXISTS k k none; UNLINK k""",
+}
+
+
+def reply_of(client):
+    """The bytes of one reply."""
+    line = b""
+    while not line.endswith(b"\r\n"):
+        line += read_exactly(client, 1)
+    if line[:1] == b"$":
+        return line + (read_exactly(client, int(line[1:]) + 2) if line != b"$-1\r\n" else b"")
+    count = int(line[1:]) * (1 + (line[:1] == b"%")) if line[:1] in b"*%>~" else 0
+    return line + b"".join([reply_of(client) for _ in range(count)])
+
+
+def talk(address, script):
+    """[(command, what it was answered)], as far as that can be the same twice."""
+    talked = []
+    with connect(address) as client:
+        for command in ["FLUSHALL"] + script.split(";"):
+            words = shlex.split(command)
+
+            def send(*words):
+                client.sendall(leviathan.Resp("client").encode(words))
+                return reply_of(client)
+
+            if words[0] == "GONE":
+                eventually(lambda: send("EXISTS", words[1]) == b":0\r\n")
+                continue
+            reply = send(*words)
+            if words[0] in ("SUBSCRIBE", "PSUBSCRIBE"):
+                reply += b"".join([reply_of(client) for _ in words[2:]])
+            if words[0] == "KEYS":                      # in any order
+                reply = sorted(reply.split(b"\r\n"))
+            elif words[0] == "HELLO" and reply[:1] != b"-":
+                reply = reply[:1]                       # it has their names in it
+            talked.append((command.strip(), reply))
+    return talked
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_redis_server_answers_as_redis_does(server, real, protocol):  # noqa: F811
+    differ = []
+    for name, script in ALIKE.items():
+        script = "HELLO %d; %s" % (protocol, script)
+        for (command, wanted), (_, found) in zip(talk(real.address, script), talk(server.address, script)):
+            if wanted != found:
+                differ.append((name, command, wanted, found))
+    assert differ == []
 
 
 def test_redis_server_with_redis_cli(server):
@@ -115,6 +212,16 @@ def test_redis_client_survives_a_restart(tmp_path, real):  # noqa: F811
         assert (status, err) == (0, "") and out.splitlines()[-1].startswith("disconnected")
 
 
+def test_redis_client_says_what_redis_refuses(tmp_path, real):  # noqa: F811
+    with connect(real.address) as admin:
+        ask(admin, b"config set requirepass secret\r\n", b"+OK\r\n")
+    with example(tmp_path, "redis_client.py", "--port", real.address[1], "--every", 0.05) as program:
+        for _ in range(2):                              # and goes on
+            assert program.process.stdout.readline() == "refused: NOAUTH Authentication required.\n"
+        status, _, err = program.end()
+        assert status == 0 and "Traceback" not in err
+
+
 def chat(tmp_path, real):  # noqa: F811
     return example(tmp_path, "cluster_chat.py", "--port", 0, "--redis", "127.0.0.1:%d" % real.address[1])
 
@@ -147,6 +254,20 @@ def test_cluster_chat_outlives_redis(tmp_path, real):  # noqa: F811
         for node in (one, two):
             status, _, err = node.end()
             assert status == 0 and "Traceback" not in err, err
+
+
+def test_cluster_chat_takes_a_message_of_several_lines(tmp_path, real):  # noqa: F811
+    """Whoever else publishes there may send what is no line of a chat; the link stays."""
+    with chat(tmp_path, real) as node:
+        lines = [node.line, node.process.stdout.readline()]
+        node.address = [node.addresses_in(line) for line in lines if "listens" in line][0]
+        with node.client() as ann, connect(real.address) as other:
+            assert lines_of(ann, 1) == [b"your name?"]
+            for message, line in ((b"two\nlines", b"two lines"), (b"one", b"one")):
+                other.sendall(b"*3\r\n$7\r\nPUBLISH\r\n$14\r\nleviathan:chat\r\n$%d\r\n%b\r\n" % (len(message), message))
+                assert read_exactly(other, 4) == b":1\r\n" and lines_of(ann, 1) == [line]
+        status, out, err = node.end()
+        assert status == 0 and "joined" not in out and "Traceback" not in err, err
 
 
 def test_the_resp_guide_is_code_that_works(tmp_path):
