@@ -280,6 +280,10 @@ class StatefulFraming(Framing):
         """
         return False
 
+    def unfinished(self, session: Session) -> bool:
+        """What is queued must not reach the peer with a clean end: it would take a part for the whole."""
+        return False
+
     def closed(self, session: Session) -> None:
         """The connection is gone; on_disconnect comes next."""
 
@@ -1078,6 +1082,14 @@ class Http(StatefulFraming):
             exchange.ending = exchange.ending or (reason, None)
             return bool(exchange.pending)
 
+    def unfinished(self, session: Session) -> bool:
+        """See StatefulFraming.unfinished: an answer in pieces, of which some are still to come."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if self.client or exchange is None:
+            return False
+        with exchange.lock:
+            return bool(exchange.pending) and exchange.pending[0]._state == _STREAMED
+
     def closed(self, session: Session) -> None:
         """See StatefulFraming.closed."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
@@ -1570,10 +1582,6 @@ class Http(StatefulFraming):
         """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         exchange.done = True
-        if request._state == _STREAMED and session.reason is None:
-            _log().error("a callback failed for %s; aborting it", _address_text(session.peer), exc_info=error)
-            session.end(False, Reason.ERROR, error)         # or half an answer would be taken for a whole one
-            return
         if request._state != _OPEN or session.reason is not None:
             fail(session, error)
             return
@@ -3494,7 +3502,8 @@ def _failed(session: Session, error: BaseException) -> None:
         _end_telling(session, Reason.PROTOCOL, error)
     else:
         _log().error("a callback failed for %s; closing it", peer, exc_info=error)
-        session.end(True, Reason.ERROR, error)          # replies to earlier packets still leave
+        torn = isinstance(session, StatefulSession) and session.stateful.unfinished(session)
+        session.end(not torn, Reason.ERROR, error)      # replies to earlier packets still leave
 
 
 def _end_telling(session: Session, reason: Reason, error: BaseException) -> None:

@@ -569,12 +569,17 @@ def test_a_handler_that_raises_costs_500_and_the_connection():
     assert driven.ended[0] is leviathan.Reason.ERROR and b"on purpose" not in driven.sent
 
 
+@pytest.mark.parametrize("where", ["handler", "on_sent"])
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.0", b"GET / HTTP/1.1"])
-def test_a_handler_that_raises_behind_the_head_of_a_stream_aborts(serve, line):
+def test_a_callback_that_raises_behind_the_head_of_a_stream_aborts(serve, line, where):
     """To HTTP/1.0 the connection's end is the body's: half an answer would be taken for a whole one."""
-    def handler(session, request):
-        request.stream().write(b"half")
+    def fail(*unused):
         raise RuntimeError("on purpose")
+
+    def handler(session, request):
+        request.stream().write(b"half", fail if where == "on_sent" else None)
+        if where == "handler":
+            fail()
 
     server = serve(Http(), handler)
     client = server.client()
