@@ -4891,6 +4891,11 @@ class _Ini:
         """Which n there are of a section."""
         return sorted(number for name, number in self.sections if name == section and number is not None)
 
+    def communicators(self) -> List[int]:
+        """Which of the [COMUNICATOR_n] are used: as many as COUNT says, those with the least numbers."""
+        numbers = self.numbers("COMUNICATOR_n")
+        return numbers[:self.sections.get(("COMUNICATOR", None), {}).get("COUNT", len(numbers))]
+
     def get(self, section: str, number: Optional[int], key: str) -> Any:
         """The value, else the default, else None."""
         values = self.sections.get((section, number), {})
@@ -5068,7 +5073,7 @@ def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> Communicat
         if number not in numbers:
             raise ConfigError("there is a handler for it, but no section [COMUNICATOR_%s]" % number, file=ini.file)
     try:
-        for number in numbers[:count]:
+        for number in ini.communicators():
             _build_communicator(ini, number, manager, queue_of, handlers, result, bind)
     except BaseException:
         result.stop(0)                      # nothing stays bound
@@ -5209,13 +5214,13 @@ def _bundle(path: str) -> None:
 
 
 def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
-    numbers = ini.numbers("COMUNICATOR_n")
-    for number in numbers:
+    used = ini.communicators()
+    for number in used:
         if ini.get("COMUNICATOR_n", number, "HANDLER") is None:
             raise ini.wrong("COMUNICATOR_n", number, "HANDLER", "it is needed here", "module:function")
-    servers = _build(ini, {}, not check)
-    if not any(ini.get("COMUNICATOR_n", number, key) for number in numbers[:len(servers)] for key in ("LISTEN", "CONNECT")):
+    if not any(ini.get("COMUNICATOR_n", number, key) for number in used for key in ("LISTEN", "CONNECT")):
         raise ConfigError("there is nothing to serve: no [COMUNICATOR_n] has LISTEN or CONNECT", file=path)
+    servers = _build(ini, {}, not check)
     if check:
         print("%s is right" % path)
         return 0

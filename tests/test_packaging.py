@@ -325,6 +325,13 @@ def test_an_ini_that_would_serve_nobody_is_status_2(tmp_path, text, word):
         assert (status, out) == (2, "") and word in err.splitlines()[-1], err
 
 
+def test_a_section_beyond_count_may_be_anything(tmp_path):
+    (tmp_path / "my.ini").write_text("[COMUNICATOR]\nCOUNT = 1\n[COMUNICATOR_0]\nLISTEN = 0\nHANDLER = leviathan:echo\n"
+                                     "[COMUNICATOR_1]\nLISTEN = 0\n")
+    status, out, err = outcome(tmp_path, "serve", "my.ini", "--check")
+    assert (status, out) == (0, "my.ini is right\n") and "not used: [COMUNICATOR_1]" in err
+
+
 def test_what_happens_to_a_server_is_told_on_stderr(tmp_path):
     """A program that only runs an INI file has no other place to configure logging."""
     (tmp_path / "mine.py").write_text("def bad(session, packet):\n    raise RuntimeError('on purpose')\n")
