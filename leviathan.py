@@ -3844,8 +3844,8 @@ class EventQueue:
         """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own.
 
         Its Communicators listen and connect no more. Nothing is drained: that is what CommunicatorList.stop is for.
-        False, and a line in the log, if a thread has not ended after *timeout* seconds (None: no limit), because a callback
-        has not returned; it ends when that does, or with the program.
+        False, and a line in the log, if after *timeout* seconds (None: no limit) a callback does not return for a second more:
+        its thread ends when it does, or with the program. Threads that still have something to do are waited for.
         """
         if self._is_here():
             raise RuntimeError("a queue cannot be stopped from one of its own threads")
@@ -3855,11 +3855,19 @@ class EventQueue:
         for connector in connectors:
             connector._give_up()            # who waits for it would wait for ever
         left = [] if made is None else made.stop(timeout)
-        for thread in left:
-            callback = _callback_of(thread)
-            if callback:                    # else it only waits for one of the others
-                _log().error("%s has not returned after %.3g s: its thread, %s, stays behind", callback, timeout, thread.name)
-        return not left
+        before: Dict[Any, Any] = {}         # {thread: what it was in a second ago}
+        while left:
+            now = {thread: _callback_of(thread) for thread in left}
+            stuck = [thread for thread in left if now[thread] is not None and now[thread] is before.get(thread)]
+            for thread in stuck:
+                frame = now[thread]
+                _log().error("%s (%s:%d) does not return: its thread, %s, stays behind", frame.f_code.co_name,
+                             frame.f_code.co_filename, frame.f_lineno, thread.name)
+            if stuck:
+                return False
+            before = now
+            left = made.stop(1.0)
+        return True
 
     def post(self, function: Callable[..., Any], *args: Any) -> bool:
         """Call function(*args) on whichever thread is idle, once. Any thread. False when the queue has stopped."""
@@ -3904,13 +3912,13 @@ class EventQueue:
             self._connectors.discard(connector)
 
 
-def _callback_of(thread: threading.Thread) -> str:
-    """What a queue's thread has called outside of leviathan: "handler (server.py:12)", with the line it is at now; or ""."""
+def _callback_of(thread: threading.Thread) -> Any:
+    """The frame of what a queue's thread has called outside of leviathan; None if it is not in such a call."""
     frame = sys._current_frames().get(thread.ident or 0)
-    found = ""
+    found = None
     while frame is not None:
         if frame.f_globals.get("__name__") not in (__name__, _engine.__name__, "threading"):
-            found = "%s (%s:%d)" % (frame.f_code.co_name, frame.f_code.co_filename, frame.f_lineno)
+            found = frame
         frame = frame.f_back                # the outermost counts: what leviathan has called itself
     return found
 
@@ -4613,7 +4621,7 @@ class CommunicatorList:
     def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
         """Stop listening, let what is queued leave for up to *timeout* seconds, abort the rest, end the threads.
 
-        Idle clients do not hold it, and a callback that does not return holds it for *timeout*, a second at least. True if
+        Idle clients do not hold it, and a callback that does not return holds it a second longer than *timeout*. True if
         nothing had to be aborted. RuntimeError on a queue's own thread.
         """
         if any(queue._is_here() for queue in self._queues):
@@ -4627,7 +4635,7 @@ class CommunicatorList:
                 _closings.changed.wait(min(0.25, max(0.0, end - time.monotonic())))
             drained = self._closed()
         for queue in self._queues:
-            drained = queue.stop(max(1.0, end - time.monotonic())) and drained
+            drained = queue.stop(max(0.0, end - time.monotonic())) and drained
         return drained
 
     def _closed(self) -> bool:
