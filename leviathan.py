@@ -4936,9 +4936,10 @@ def _plain_lines(text: str, path: str) -> Iterator[str]:
         line = line.strip()
         if line.startswith("["):
             line = line.split("#")[0].split(";")[0].strip()
-            name = line[1:-1]
+            ours = section[0]
+            name = line[1:line.rfind("]")]
             section = _table_section(name)
-            if not line.endswith("]"):
+            if not line.endswith("]") and (ours or section[0]):         # within those of other programs it is their affair
                 raise ConfigError("line %d is neither a section nor key=value: %s" % (number, line), file=path)
         elif line[:1] not in ("#", ";", "") and section[0]:
             key = line.partition("=")[0].strip().upper()

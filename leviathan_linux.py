@@ -247,7 +247,7 @@ class Engine:
         self.signalled = False              # wakeup is readable already
         self.timers: List[Timer] = []       # a heap by time
         self.cancelled = 0                  # how many of the timers are cancelled
-        self.due = FOREVER                  # when the first timer is due (read without the lock: see Worker._run)
+        self.due = FOREVER                  # when the first timer is due (read without the lock: see Worker._turn)
         self.turn = 0                       # round robin over the workers; also numbers the timers
         self.started = False
         self.stopped = False

@@ -204,6 +204,7 @@ def test_no_value_of_any_setting_is_a_traceback(row):
 
 @pytest.mark.parametrize("text, words", [
     ("[COMUNICATOR_0]\nLISTEN = 127.0.0.1:0,\n  [::1]:0\n", ["line 3", "[::1]:0"]),
+    ("[LOG]\n[SESSION] more\nSESSION_MAX = 1\n", ["line 2", "[SESSION] more"]),
     ("LISTEN = 1\n", ["line 1", "before any section"]),
     ("\0\1\2", ["no text"])])
 def test_what_is_no_ini_file_says_where(tmp_path, text, words):
@@ -218,8 +219,9 @@ def test_a_handler_for_no_section_is_an_error(tmp_path):
         build(tmp_path, "[COMUNICATOR_0]\n", {7: leviathan.echo})
 
 
-def test_the_default_section_of_another_program_is_left_alone(tmp_path):
-    servers = build(tmp_path, "[DEFAULT]\nFOO = 3\n[COMUNICATOR_0]\nHANDLER = leviathan:echo\n")
+def test_what_another_program_writes_is_left_alone(tmp_path):
+    servers = build(tmp_path, "[DEFAULT]\nFOO = 3\n[PROGRAM]\nLIST =\n  [1, 2],\nA = 1\nA = 2\n[COMUNICATOR_0]\n"
+                              "HANDLER = leviathan:echo\n")
     assert len(servers) == 1
 
 
