@@ -3090,9 +3090,9 @@ class Channel(_Touched):
     `posted` and `state` are the exceptions: the engine's lock guards them. Users need none of this.
     """
 
-    __slots__ = ("unsent", "posted", "sending", "marks", "filled", "need", "room", "seen", "paused", "interest", "since",
-                 "state", "reason", "error", "fin", "eof", "aborted", "high_water", "low_water", "send_limit", "deadline",
-                 "link")
+    __slots__ = ("unsent", "counted", "posted", "sending", "marks", "filled", "need", "room", "seen", "paused", "interest",
+                 "since", "state", "reason", "error", "fin", "eof", "aborted", "high_water", "low_water", "send_limit",
+                 "deadline", "link")
 
     ENDED = PAUSED_ENDED
     SHUTDOWN = Reason.SHUTDOWN
@@ -3107,6 +3107,7 @@ class Channel(_Touched):
     alike: int                      # size in bytes of the packets in it, while all have the same; -1
     separator: bytes                # their header, which then stands in `out` before the first of them alone; else b""
     unsent: int                     # bytes queued and outstanding
+    counted: int                    # on epoll: how many chunks of `out` are in it, if it is not 0
     posted: int                     # bytes that other threads have queued and the owner has not seen yet
     sending: Optional[Operation]    # the outstanding send
     marks: Optional[_Marks]         # on_sent callbacks
@@ -3163,7 +3164,8 @@ class Session(Channel):
         self.opened = False         # on_connect was called, so on_disconnect will be
         self.socket = self.worker = self.cork = self.sending = self.marks = self.partial = self.room = None
         self.reason = self.error = self.deadline = self.link = None
-        self.thread = self.unsent = self.posted = self.filled = self.need = self.seen = self.paused = self.interest = 0
+        self.thread = self.unsent = self.counted = self.posted = self.filled = self.need = self.seen = 0
+        self.paused = self.interest = 0
         self.out = []
         self.alike, self.separator = -1, b""
         self.pack = communicator.framing.pack

@@ -690,7 +690,11 @@ class Worker:
             mail, self.mail = self.mail, []
             self.signalled = False
         for function, args in mail:
-            self._call(function, args)
+            if self.dirty and function != self._enqueue_posted:
+                self._flush()               # what other threads have queued in a row leaves together
+            self._attempt(function, args)
+        if self.dirty:
+            self._flush()
         if self.stopping:
             self._turn_stopping()
 
@@ -739,12 +743,16 @@ class Worker:
 
     def _call(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> None:
         """Call what was posted. Whatever it raises is reported and costs nothing else."""
+        self._attempt(function, args)
+        if self.dirty:
+            self._flush()
+
+    def _attempt(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> None:
+        """The same, and what it has queued stays queued."""
         try:
             function(*args)
         except BaseException as error:
             self.core.on_failed(function, error)
-        if self.dirty:
-            self._flush()
 
     def _mail_ready(self, mask: int) -> None:
         self.wakeup.drain()
@@ -1067,13 +1075,17 @@ class Worker:
                 on_sent: Optional[Callable[..., Any]]) -> None:
         if session.separator:
             session.part()
+        out = session.out
         if session.sending is None:
-            session.unsent = sum(map(len, session.out))     # the fast path of Session.send does not count
-            if not session.out:
+            if not out:
                 self.dirty.append(session)
+            # The fast path of Session.send does not count: what it has queued since is counted now, and only that.
+            session.unsent += sum(map(len, out[session.counted:] if session.unsent else out))
         before = session.unsent
-        session.out.extend(chunks)
+        if size or not out:
+            out.extend(chunks)
         session.unsent += size
+        session.counted = len(out)
         if on_sent is not None:
             session.mark(on_sent)
         if session.unsent > session.high_water:

@@ -3,6 +3,7 @@ import errno
 import os
 import select
 import socket
+import struct
 
 import pytest
 
@@ -290,6 +291,49 @@ class TestEpoll(EngineContract):
             client.sendall(self.packed(b"x"))
             assert self.read(client, 5) == self.packed(b"x")
             assert listener.closed
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def test_what_other_threads_have_queued_in_a_row_leaves_in_one_send(self):
+        _, session, client = self.pair()
+        before = session.communicator.queue.statistics()["sends"]
+        go = self.hold(session)
+        for number in range(1000):
+            assert session.write(struct.pack(">I", number))
+        go.set()
+        assert self.read(client, 4000) == b"".join(struct.pack(">I", number) for number in range(1000))
+        self.on_thread(session, int)
+        assert session.communicator.queue.statistics()["sends"] - before == 1
+        assert session.backlog == 0
+
+    @pytest.mark.parametrize("replies", [0, 3])
+    def test_each_chunk_that_is_queued_is_counted_once(self, replies):
+        # Counting them all again for each of them made a handler that wrote 65,536 single bytes a matter of 40 s.
+        class Counted(bytes):
+            asked = 0
+
+            def __len__(self):
+                Counted.asked += 1
+                return super().__len__()
+
+        def handler(session, packet):
+            for _ in range(replies):
+                session.send(b"a reply")
+            for _ in range(500):
+                assert session.worker.enqueue(session, (Counted(b"c"),), None)
+            counts.append(session.unsent)
+            session.send(b"a reply")                # behind so many chunks they leave with it
+            assert session.worker.enqueue(session, (Counted(b""), Counted(b"c")), None)
+
+        counts = []
+        _, session, client = self.pair(handler)
+        reply = self.packed(b"a reply")
+        client.sendall(self.packed(b"go") * 2)      # two, since the first reply to a single packet leaves at once
+        sent = replies * reply + 500 * b"c" + reply + b"c"
+        assert self.read(client, 2 * len(sent)) == 2 * sent
+        counted = replies * len(reply) + 500
+        assert counts == [counted, 1 + counted]     # the first one's last byte is still there
+        assert Counted.asked < 5000
 
     # -- wakeups ------------------------------------------------------------------------------------------------------
 
