@@ -510,7 +510,13 @@ def test_clients_and_handlers_that_do_anything(serve, harness, threads):
             feeder = Crowd()
             feeder.add(feed)
             feeder.start()
-            assert read_exactly(client, len(sent)) == sent
+            try:
+                assert read_exactly(client, len(sent)) == sent
+            except AssertionError as error:         # how the server sees it: what ended early was ended by somebody
+                peer = client.getsockname()
+                raise AssertionError(halves, sizes, [ended for ended in server.ended.items if ended[0].peer == peer],
+                                     [(session, session.filled, session.need, session.paused, session.backlog)
+                                      for session in server.communicator.sessions]) from error
             feeder.join()
             assert not halves or read_to_end(client) == b""
             client.close()
