@@ -73,6 +73,7 @@ HOSTS_KEPT = 1024               # peers' addresses of which all connections shar
 RUN_MAX = 1024                  # runs of packets of one length are looked for up to this length
 SEND_INLINE = 1 << 14           # a larger packet is queued beside its header instead of being copied behind it
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
+REPORT_PAUSE = 60.0             # seconds in which a limit that is reached again and again is one line in the log
 STOP_TIMEOUT = 10.0             # seconds that a stop lets queued bytes leave
 
 
@@ -313,6 +314,12 @@ def _check_callable(name: str, value: Any) -> None:
     """TypeError for what is no function."""
     if not callable(value):
         raise TypeError("%s must be a function, not %r" % (name, value))
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    """TypeError for what is of another class."""
+    if not isinstance(value, kind):
+        raise TypeError("%s must be of class %s, not %r" % (name, kind.__name__, value))
 
 
 def _check_bytes(name: str, value: Any) -> None:
@@ -2882,6 +2889,8 @@ class SessionManager:
         _check_whole("send_operations", send_operations, 1)
         _check_whole("recv_buffer", recv_buffer, RECV_LEAST, 1 << LARGEST_POOLED)
         _check_whole("memory_limit", memory_limit, 1)
+        if classes is not None:
+            _check_kind("classes", classes, dict)
         self.max_sessions, self.recv_buffer, self.memory_limit = max_sessions, recv_buffer, memory_limit
         self._poison = bool(os.environ.get("LEVIATHAN_DEBUG"))
         self._lock = threading.Lock()       # guards all of the following
@@ -3188,8 +3197,12 @@ class Session(Channel):
 
     @property
     def backlog(self) -> int:
-        """Bytes queued and not yet with the kernel."""
-        return self.unsent + self.posted
+        """Bytes queued and not yet with the kernel. A look from another thread may be older than what the owner queues now."""
+        waiting = self.unsent + self.posted
+        if self.thread:                     # on epoll: the fast path of `send` does not count
+            out = self.out[self.counted:] if self.unsent else self.out[:]
+            waiting += sum(map(len, out)) + max(0, len(out) - 1) * len(self.separator)
+        return waiting
 
     def send(self, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
         """Queue *packet*, encoded by the framing (A7). Any thread; never waits.
@@ -3744,8 +3757,8 @@ class _Core:
         if not pause:
             listener.communicator._forget(listener)
             _log().error("%s failed and is closed: %s", listener, error)
-        elif not listener.short:
-            listener.short = True           # one line for one shortage, not one for every attempt
+        elif time.monotonic() >= listener.silent:
+            listener.silent = time.monotonic() + REPORT_PAUSE       # one line for one shortage, not one for every attempt
             _log().error("%s cannot accept: %s; connections wait, those that are there go on", listener, error)
 
     @staticmethod
@@ -3879,6 +3892,8 @@ class EventQueue:
     def call_later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) in *seconds*, unless the queue stops before. Returns a handle with `cancel()`."""
         _check_callable("function", function)
+        if not isinstance(seconds, (int, float)):
+            raise TypeError("seconds must be a number of seconds, not %r" % (seconds,))
         if seconds != seconds:
             raise ValueError("seconds is %r" % (seconds,))
         return self.engine.call_later(max(0.0, seconds), 0.0, _watched(function), *args)
@@ -3886,7 +3901,8 @@ class EventQueue:
     def every(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) every *seconds*, never twice at once. Returns a handle with `cancel()`."""
         _check_callable("function", function)
-        if not seconds > 0:
+        _check_seconds("seconds", seconds)
+        if not seconds:
             raise ValueError("seconds is %r; it must be more than 0" % (seconds,))
         return self.engine.call_later(seconds, seconds, _watched(function), *args)
 
@@ -4004,7 +4020,7 @@ class Listener:
         self.worker: Any = None
         self.pause = 0.1
         self.closed = False
-        self.short = False                  # a shortage was reported
+        self.silent = 0.0                   # until then no line says again that there is a shortage
         self.reserved = -1                  # the slot of the session that is being accepted
         self.address: Any = None
 
@@ -4048,21 +4064,25 @@ class Communicator:
                  send_limit: int = SEND_LIMIT, name: str = "leviathan", tag: Any = None) -> None:
         _check_callable("on_packet", on_packet)
         if not isinstance(framing, Framing):
-            if not callable(framing):
-                raise TypeError("framing must be a Framing or a function parse(view) -> int")
+            if not callable(framing) or isinstance(framing, type):
+                raise TypeError("framing must be a Framing, like LengthPrefix(4), or a function parse(view) -> int, not %r"
+                                % (framing,))
             framing = Function(framing)
         for callback, function in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_eof", on_eof),
                                    ("on_backpressure", on_backpressure)):
             if function is not None:
                 _check_callable(callback, function)
-        for what, kind in ((queue, EventQueue), (manager, SessionManager)):
-            if what is not None and not isinstance(what, kind):
-                raise TypeError("it must be an %s, not %r" % (kind.__name__, what))
+        if queue is not None:
+            _check_kind("queue", queue, EventQueue)
+        if manager is not None:
+            _check_kind("manager", manager, SessionManager)
         if max_clients is not None:
             _check_whole("max_clients", max_clients, 0)
         _check_seconds("idle_timeout", idle_timeout)
         _check_seconds("packet_timeout", packet_timeout)
-        if not 0 <= low_water <= high_water <= send_limit:
+        for what, size in (("high_water", high_water), ("low_water", low_water), ("send_limit", send_limit)):
+            _check_whole(what, size, 0)
+        if not low_water <= high_water <= send_limit:
             raise ValueError("it must be 0 <= low_water <= high_water <= send_limit")
         self.framing: Framing = framing
         self._session = StatefulSession if isinstance(framing, StatefulFraming) else Session
@@ -4078,10 +4098,10 @@ class Communicator:
         self.sessions = ConnectionList()
         self.listeners: List[Listener] = []     # those that are not closed
         self._received = _checked(framing.receiver(_watched(on_packet), _keep, _failed))
-        self._lock = threading.Lock()       # guards listeners, closing, _sweeper and _full
+        self._lock = threading.Lock()       # guards listeners, closing, _sweeper and _silent
         self.closing = False
         self._closed_for = Reason.NORMAL    # why it is closing
-        self._full = False                  # the limit was reported
+        self._silent = 0.0                  # until then no line says again that the limit is reached
         self._sweeper: Any = None
 
     # -- any thread -----------------------------------------------------------------------------------------------
@@ -4101,14 +4121,21 @@ class Communicator:
                serve: Optional[Communicator] = None) -> Listener:
         """Listen on *host*:*port*, at once; call it as often as needed (A5). Port 0: the system chooses.
 
-        *host*: an IPv4 or IPv6 address or a name; "0.0.0.0" or "::" for all. *unix*: the path of a unix socket instead.
+        *host*: an IPv4 or IPv6 address or a name; "0.0.0.0" (or "") for all of IPv4, "::" of IPv6. *unix*: the path of a
+        unix socket instead.
         *thread*: the number of the worker that accepts, *client_thread*: of the one that gets the sessions (E2); without it
         that is *thread*, and without both they go round; a completion port picks threads itself and heeds neither.
         *serve*: another Communicator that gets the sessions (I6).
         Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
         """
-        serve = serve or self
+        serve = self if serve is None else serve
+        _check_kind("serve", serve, Communicator)
+        _check_kind("host", host, str)
         _check_whole("port", port, 0, 65535)            # getaddrinfo would take 65537 for 1
+        _check_whole("backlog", backlog, 0)
+        for what, number in (("thread", thread), ("client_thread", client_thread)):
+            if number is not None:
+                _check_whole(what, number, 0)
         if serve.max_clients == 0:
             raise ValueError("max_clients is 0: this Communicator takes no clients")
         if client_thread is None and serve is self:
@@ -4129,7 +4156,7 @@ class Communicator:
                 self.listeners.append(listener)
         except OSError as error:            # which of the addresses that a program may have
             where = "cannot listen on %s: %s" % (_address_text(unix or (host, port)), error.strerror or error)
-            raise type(error)(error.errno, where) from error
+            raise type(error)(error.errno, where) from None
         self._watch_time()
         serve._watch_time()
         listener.rearm()
@@ -4149,6 +4176,7 @@ class Communicator:
         if unix:
             _unix_family()
         else:
+            _check_kind("host", host, str)
             _check_whole("port", port, 1, 65535)
         connector = Connector(self, unix or (host, port), timeout, reconnect, bool(unix), thread, tag, on_failure)
         with self._lock:
@@ -4222,8 +4250,11 @@ class Communicator:
         return index
 
     def _report_full(self, limit: Optional[int]) -> None:
+        now = time.monotonic()
         with self._lock:
-            known, self._full = self._full or self.closing, True
+            known = self.closing or now < self._silent
+            if not known:
+                self._silent = now + REPORT_PAUSE       # whoever comes and goes at the limit meets it each time
         if not known:
             _log().warning("%s has reached its connection limit (%s), no longer accepting new connections",
                            self.name, limit)
@@ -4236,8 +4267,6 @@ class Communicator:
             if client:
                 sessions._clients -= 1
             waiting, sessions._waiting = sessions._waiting, []
-        with self._lock:
-            self._full = False
         for listener in waiting:
             listener.rearm()
         if self.closing:
@@ -4281,12 +4310,19 @@ class Connector:
     def __init__(self, communicator: Communicator, address: Any, timeout: float,
                  reconnect: Union[bool, Tuple[float, float]], unix: bool, thread: Optional[int], tag: Any,
                  on_failure: Optional[Callable[[Connector, BaseException], Any]]) -> None:
-        if not timeout > 0:
+        _check_seconds("timeout", timeout)
+        if not timeout:
             raise ValueError("timeout is %r; it must be more than 0 seconds" % (timeout,))
+        if thread is not None:
+            _check_whole("thread", thread, 0)
         if on_failure is not None:
             _check_callable("on_failure", on_failure)
         # From 0.1 s, doubled up to 30 s: soon enough for a restart, seldom enough for an outage.
+        if not isinstance(reconnect, bool) and (not isinstance(reconnect, (tuple, list)) or len(reconnect) != 2):
+            raise TypeError("reconnect must be True, False or (first, longest) in seconds, not %r" % (reconnect,))
         first, longest = (0.1, 30.0) if isinstance(reconnect, bool) else reconnect
+        _check_seconds("reconnect's first", first)
+        _check_seconds("reconnect's longest", longest)
         if not 0 < first <= longest:
             raise ValueError("reconnect is %r; it must be 0 < first <= longest" % (reconnect,))
         self.communicator, self.address, self.unix, self.thread = communicator, address, unix, thread
@@ -4710,10 +4746,10 @@ class _Wrong(Exception):
     """A cast's complaint: what would have been allowed."""
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
+def _number(least: int, most: int, allowed: str = "") -> Callable[[str], int]:
     def cast(text: str) -> int:
         if not _is_number(text) or not least <= int(text) <= most:
-            raise _Wrong("a whole number from %d to %d" % (least, most))
+            raise _Wrong(allowed or "a whole number from %d to %d" % (least, most))
         return int(text)
     return cast
 
@@ -4769,31 +4805,25 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return cast
 
 
-def _endpoint(text: str) -> Tuple[str, Any]:
-    """("tcp", (host, port)) or ("unix", path)."""
+def _endpoint(text: str, least: int) -> Tuple[str, Any]:
+    """("tcp", (host, port)) or ("unix", path). *least*: the lowest port that may be asked for."""
     if text.startswith("unix:") and len(text) > 5:
         return "unix", text[5:]
     host, colon, port = text.rpartition(":")
     if not colon:
-        host, port = DEFAULT_HOST, text
+        port = text
+    host = host or DEFAULT_HOST             # `:7878` too: all addresses of the machine are asked for by name
     if host[:1] + host[-1:] == "[]":
         host, wrong = host[1:-1], False
     else:
         wrong = ":" in host
-    if wrong or "[" in host or "]" in host or not _is_number(port) or int(port) > 65535:
-        raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 0 to 65535")
+    if wrong or "[" in host or "]" in host or not _is_number(port) or not least <= int(port) <= 65535:
+        raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port %d to 65535" % least)
     return "tcp", (host, int(port))
 
 
-def _endpoints(text: str) -> List[Tuple[str, Any]]:
-    return [_endpoint(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def _servers(text: str) -> List[Tuple[str, Any]]:
-    found = _endpoints(text)
-    if any(kind == "tcp" and not address[1] for kind, address in found):
-        raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port 1 to 65535")
-    return found
+def _endpoints(least: int) -> Callable[[str], List[Tuple[str, Any]]]:
+    return lambda text: [_endpoint(part.strip(), least) for part in text.split(",") if part.strip()]
 
 
 def _reference(text: str) -> Any:
@@ -4843,11 +4873,13 @@ _SETTINGS = (
     _Setting("MPOOL", "IDX_BUF_" + name, _number(0, 1000000), "0", "buffers of %s bytes made at the start" % size)
     for name, size in _CLASS_NAMES.items()
 ) + (
-    _Setting("IOCP", "COUNT", _number(0, 1000), "1", "how many queues there are ([QUEUE] is the same as [IOCP])"),
+    _Setting("IOCP", "COUNT", _number(0, 1000), "1",
+             "how many queues there are ([QUEUE]: the same), those with the least numbers; without it all, and number 0"),
     _Setting("IOCP_n", "THR_COUNT", _number(1, 1024), "", "threads of queue n; without it 1 under a GIL, else one per CPU"),
     _Setting("HEADER_n", "TYPE", _choice("number", "text", "delimiter", "fixed", "raw", "http", "resp", "function"), "",
              "how packets are framed; without it text if SIZE_END_CHAR is there, else number"),
-    _Setting("HEADER_n", "SIZE_BYTES", _number(1, 1 << 20), "4", "number: bytes of the length, 1 to 8; fixed: of a packet"),
+    _Setting("HEADER_n", "SIZE_BYTES", _number(1, 1 << 20, "number: 1 to 8; fixed: 1 to 1048576"), "4",
+             "number: bytes of the length, 1 to 8; fixed: of a packet"),
     _Setting("HEADER_n", "BYTE_ORDER", _choice("big", "little"), "big", "number: byte order of the length"),
     _Setting("HEADER_n", "SIZE_END_CHAR", _character, ",", "text: the character after the digits"),
     _Setting("HEADER_n", "DELIMITER", _bytes_of, r"\r\n", "delimiter: what ends a packet"),
@@ -4860,8 +4892,8 @@ _SETTINGS = (
              "how many Communicators there are (COMMUNICATOR: the same), those with the least numbers; without it all"),
     _Setting("COMUNICATOR_n", "IOCP_IDX", _number(0, 1000), "", "number of its queue; without it a queue of its own"),
     _Setting("COMUNICATOR_n", "CLIENT_SESSION_MAX", _number(0, 10000000), "", "clients at once; 0: takes no clients"),
-    _Setting("COMUNICATOR_n", "LISTEN", _endpoints, "", "addresses to listen on: 127.0.0.1:7878, [::1]:8999"),
-    _Setting("COMUNICATOR_n", "CONNECT", _servers, "", "servers to connect to, again and again"),
+    _Setting("COMUNICATOR_n", "LISTEN", _endpoints(0), "", "addresses to listen on: 127.0.0.1:7878, [::1]:8999"),
+    _Setting("COMUNICATOR_n", "CONNECT", _endpoints(1), "", "servers to connect to, again and again"),
     _Setting("COMUNICATOR_n", "HANDLER", _reference, "", "module:function that gets (session, packet)"),
     _Setting("COMUNICATOR_n", "ON_CONNECT", _reference, "", "module:function that gets (session)"),
     _Setting("COMUNICATOR_n", "ON_DISCONNECT", _reference, "", "module:function that gets (session, reason, error)"),
@@ -4895,11 +4927,24 @@ class _Ini:
     def __init__(self, file: str) -> None:
         self.file = file
         self.sections: Dict[Tuple[str, Optional[int]], Dict[str, Any]] = {}
+        self.names: Dict[Tuple[str, Optional[int]], str] = {}                       # {(section, number): as written}
         self.texts: Dict[Tuple[str, Optional[int], str], Tuple[str, str]] = {}      # (section's name, text) as written
 
     def numbers(self, section: str) -> List[int]:
         """Which n there are of a section."""
         return sorted(number for name, number in self.sections if name == section and number is not None)
+
+    def name(self, section: str, number: Optional[int]) -> str:
+        """A section's name as the file has it: COMMUNICATOR_0 or COMUNICATOR_0."""
+        return self.names.get((section, number), section.replace("_n", "_%s" % number))
+
+    def queues(self) -> List[int]:
+        """Which queues there are: all that have a section, and number 0; where COUNT is written, only as many."""
+        known = self.numbers("IOCP_n")
+        count = self.sections.get(("IOCP", None), {}).get("COUNT")
+        if count is None:
+            return sorted({0, *known})
+        return sorted((known + [number for number in range(count) if number not in known])[:count])
 
     def communicators(self) -> List[int]:
         """Which of the [COMUNICATOR_n] are used: as many as COUNT says, those with the least numbers."""
@@ -4916,7 +4961,7 @@ class _Ini:
 
     def wrong(self, section: str, number: Optional[int], key: str, message: str, allowed: str = "") -> ConfigError:
         """The error for a value that is there."""
-        name, text = self.texts.get((section, number, key), (section.replace("_n", "_%s" % number), ""))
+        name, text = self.texts.get((section, number, key), (self.name(section, number), ""))
         return ConfigError(message, file=self.file, section=name, key=key, value=text, allowed=allowed)
 
 
@@ -4993,6 +5038,7 @@ def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
             continue
         rows = {row.key.upper(): row for row in _SETTINGS if row.section == _row_section(section)}
         values = ini.sections.setdefault((section, number), {})
+        ini.names.setdefault((section, number), name)
         for key, value in parser.items(name):
             value = _without_comment(value or "")
             row = rows.get(key.upper())
@@ -5012,6 +5058,13 @@ def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
     return ini
 
 
+# {TYPE: the keys that mean something to it}
+_HEADER_KEYS = {
+    "number": ("SIZE_BYTES", "BYTE_ORDER", "MAX_PACKET"), "text": ("SIZE_END_CHAR", "MAX_PACKET"),
+    "delimiter": ("DELIMITER", "MAX_PACKET"), "fixed": ("SIZE_BYTES",), "raw": (), "http": ("ROLE", "MAX_PACKET"),
+    "resp": ("ROLE", "MAX_PACKET"), "function": ("FUNCTION", "MAX_PACKET")}
+
+
 def _framing_of(ini: _Ini, header: str) -> Framing:
     """The framing that a [HEADER] or [HEADER_n] section describes."""
     section, number = _table_section(header)
@@ -5021,6 +5074,10 @@ def _framing_of(ini: _Ini, header: str) -> Framing:
 
     written = ini.sections.get((section, number), {})
     kind = get("TYPE") or ("text" if "SIZE_END_CHAR" in written else "number")
+    used = ("TYPE",) + _HEADER_KEYS[kind]
+    for key, value in written.items():
+        if key not in used and value != _Ini(ini.file).get(section, number, key):       # above all a limit that would be none
+            raise ini.wrong(section, number, key, "TYPE=%s does not use it" % kind, ", ".join(used))
     limit = get("MAX_PACKET")
     try:
         if kind == "number":
@@ -5049,25 +5106,38 @@ def _no_handler(session: Session, packet: Any) -> None:
     raise LeviathanError("%s has no HANDLER in the INI file, and none was given to from_ini" % session.communicator.name)
 
 
+def _manager_of(ini: _Ini) -> SessionManager:
+    """The pool that [SESSION] and [MPOOL] describe; each value is right by itself, but they must fit one another."""
+    limit, receive = ini.get("SESSION", None, "MEMORY_LIMIT"), ini.get("SESSION", None, "RECV_BUF_SIZE")
+    classes = {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()}
+    if receive > limit:
+        raise ini.wrong("SESSION", None, "MEMORY_LIMIT", "a RecvBuf has %d bytes" % receive, "%d bytes or more" % receive)
+    total = sum(size * count for size, count in classes.items())
+    if total > limit:
+        name, size = max(_CLASS_NAMES.items(), key=lambda item: item[1] * classes[item[1]])
+        others = total - size * classes[size]
+        raise ini.wrong("MPOOL", None, "IDX_BUF_" + name, "all together are %d bytes, over MEMORY_LIMIT" % total,
+                        "0 to %d with this MEMORY_LIMIT, %d" % (max(0, limit - others) // size, limit))
+    return SessionManager(ini.get("SESSION", None, "SESSION_MAX"), receive, classes,
+                          ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), limit)
+
+
 def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> CommunicatorList:
     """Make what the INI describes; listen and connect too, unless *bind* is False."""
-    try:
-        manager = SessionManager(
-            ini.get("SESSION", None, "SESSION_MAX"), ini.get("SESSION", None, "RECV_BUF_SIZE"),
-            {size: ini.get("MPOOL", None, "IDX_BUF_" + name) for name, size in _CLASS_NAMES.items()},
-            ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), ini.get("SESSION", None, "MEMORY_LIMIT"))
-    except ValueError as error:             # each value is right by itself: the table has seen to that
-        raise ini.wrong("SESSION", None, "MEMORY_LIMIT", str(error)) from error
+    manager = _manager_of(ini)
     queues: Dict[int, EventQueue] = {}
+    known = ini.queues()
+    unused = [index for index in ini.numbers("IOCP_n") if index not in known]
+    if unused:
+        _log().warning("%s: [%s] COUNT is %d: not used: %s", ini.file, ini.name("IOCP", None), len(known),
+                       ", ".join("[%s]" % ini.name("IOCP_n", index) for index in unused))
 
     def queue_of(number: int, key: str) -> Optional[EventQueue]:
         index = ini.get("COMUNICATOR_n", number, key)
         if index is None:
             return None
-        known = ini.numbers("IOCP_n")
-        if index not in known and index >= ini.get("IOCP", None, "COUNT"):
-            numbers = sorted({*known, *range(ini.get("IOCP", None, "COUNT"))})
-            raise ini.wrong("COMUNICATOR_n", number, key, "there is no queue of that number", ", ".join(map(str, numbers)))
+        if index not in known:
+            raise ini.wrong("COMUNICATOR_n", number, key, "there is no queue of that number", ", ".join(map(str, known)))
         if index not in queues:
             queues[index] = EventQueue(ini.get("IOCP_n", index, "THR_COUNT"), name="queue%d" % index)
         return queues[index]
@@ -5076,10 +5146,11 @@ def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> Communicat
     numbers = ini.numbers("COMUNICATOR_n")
     count = ini.sections.get(("COMUNICATOR", None), {}).get("COUNT", len(numbers))
     if count > len(numbers):
-        raise ini.wrong("COMUNICATOR", None, "COUNT", "there are only %d sections [COMUNICATOR_n]" % len(numbers))
+        raise ini.wrong("COMUNICATOR", None, "COUNT", "there are not so many sections [COMUNICATOR_n]",
+                        "0 to %d" % len(numbers))
     if count < len(numbers):
         _log().warning("%s: [COMUNICATOR] COUNT is %d: not used: %s", ini.file, count,
-                       ", ".join("[COMUNICATOR_%d]" % number for number in numbers[count:]))
+                       ", ".join("[%s]" % ini.name("COMUNICATOR_n", number) for number in numbers[count:]))
     for number in handlers:
         if number not in numbers:
             raise ConfigError("there is a handler for it, but no section [COMUNICATOR_%s]" % number, file=ini.file)
@@ -5090,7 +5161,7 @@ def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> Communicat
         result.stop(0)                      # nothing stays bound
         raise
     for index in ini.numbers("IOCP_n"):     # a queue that no Communicator has serves events
-        if index not in queues:
+        if index in known and index not in queues:
             queues[index] = EventQueue(ini.get("IOCP_n", index, "THR_COUNT"), name="queue%d" % index)
             result.add(queues[index])
     return result
@@ -5103,22 +5174,24 @@ def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
         return ini.get("COMUNICATOR_n", number, key)
 
     if get("LISTEN") and get("CLIENT_SESSION_MAX") == 0:
-        raise ini.wrong("COMUNICATOR_n", number, "CLIENT_SESSION_MAX", "it has LISTEN, but takes no clients")
+        raise ini.wrong("COMUNICATOR_n", number, "CLIENT_SESSION_MAX", "it has LISTEN, but takes no clients",
+                        "1 or more, or no LISTEN")
     section, header_number = _table_section(get("HEADER"))
     if header_number is not None and (section, header_number) not in ini.sections:
-        raise ini.wrong("COMUNICATOR_n", number, "HEADER", "there is no such section")
+        there = [ini.name("HEADER_n", known) for known in ini.numbers("HEADER_n")]
+        raise ini.wrong("COMUNICATOR_n", number, "HEADER", "there is no such section", ", ".join(["HEADER"] + there))
     communicator = Communicator(
         _framing_of(ini, get("HEADER")), handlers.get(number) or get("HANDLER") or _no_handler,
         on_connect=get("ON_CONNECT"), on_disconnect=get("ON_DISCONNECT"), queue=queue_of(number, "IOCP_IDX"),
         manager=manager, max_clients=get("CLIENT_SESSION_MAX"), idle_timeout=get("IDLE_TIMEOUT"),
-        packet_timeout=get("PACKET_TIMEOUT"), name="COMUNICATOR_%d" % number)
+        packet_timeout=get("PACKET_TIMEOUT"), name=ini.name("COMUNICATOR_n", number))
     result.add(communicator)
     result.by_number[number] = communicator
     acceptor = communicator
     accept_queue = queue_of(number, "ACCEPT_IDX")
     if accept_queue is not None and accept_queue is not communicator.queue:
         acceptor = Communicator(communicator.framing, _no_handler, queue=accept_queue, manager=manager,
-                                name="COMUNICATOR_%d" % number)
+                                name=ini.name("COMUNICATOR_n", number))
         result.add(acceptor)
     if not bind:
         return
@@ -5131,7 +5204,8 @@ def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
         except ValueError as error:         # a label of more than 63 characters, a NUL
             raise ini.wrong("COMUNICATOR_n", number, "LISTEN", "there is no such address: %s" % error) from error
         except OSError as error:
-            raise OSError(error.errno, "%s: [COMUNICATOR_%d] LISTEN: %s" % (ini.file, number, error.strerror)) from error
+            where = "%s: [%s] LISTEN" % (ini.file, ini.name("COMUNICATOR_n", number))
+            raise OSError(error.errno, "%s: %s" % (where, error.strerror)) from error
     for family, address in get("CONNECT") or ():
         if family == "unix":
             communicator.connect("", unix=address, reconnect=True)
@@ -5215,13 +5289,14 @@ def _bundle(path: str) -> None:
     if not engines:
         raise LeviathanError("there is no engine beside %s to put into the bundle" % os.path.abspath(__file__))
     part = path + ".part"                       # a bundle that is half there is none
-    with open(part, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines[:at + 1] + engines + lines[at + 1:]))
     try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines[:at + 1] + engines + lines[at + 1:]))
         os.replace(part, path)
-    except OSError:
-        os.remove(part)
-        raise
+    except OSError as error:
+        if os.path.exists(part):
+            os.remove(part)
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:

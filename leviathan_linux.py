@@ -65,11 +65,11 @@ if TYPE_CHECKING:
 # Constants
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAME = "epoll"
-VERSION = "0.1.0"       # of leviathan.py, which looks: half of an update is none
-
 # LEVIATHAN_POLL=1 forces select.poll, so that what macOS and the BSDs run is tested on Linux too.
 USE_EPOLL = hasattr(select, "epoll") and not os.environ.get("LEVIATHAN_POLL")
+NAME = "epoll" if USE_EPOLL else "poll"
+VERSION = "0.1.0"       # of leviathan.py, which looks: half of an update is none
+
 READ = 0x001            # EPOLLIN and POLLIN
 WRITE = 0x004           # EPOLLOUT and POLLOUT
 EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
@@ -392,11 +392,7 @@ class Engine:
 
     def shutdown(self, session: Any) -> None:
         """Half-close: after what is queued was sent, tell the peer that no more will come; receiving goes on."""
-        worker = session.worker
-        if self.owns(session):
-            worker.half_close(session)
-        else:
-            worker.post(worker.half_close, session)
+        session.worker.half_close(session)
 
     def unlisten(self, listener: Any) -> None:
         """Close a listener. Connections it let in go on."""
@@ -629,6 +625,8 @@ class Worker:
                 try:
                     session = streams[fd]
                 except KeyError:
+                    session = None
+                if session is None:             # here, or what a callback raises would seem to come of the KeyError
                     self._dispatch(fd, mask)
                     continue
                 if mask != read or session.partial is not None:
@@ -701,7 +699,9 @@ class Worker:
     def _turn_stopping(self) -> None:
         """While the thread is ending: events as they come. It waits only for peers that are still to answer."""
         waits = self.sessions and not self.mail and not self.doomed
-        for fd, mask in self.poller.poll(0.01 if waits else 0.0, MAX_EVENTS):
+        events = self.poller.poll(0.01 if waits else 0.0, MAX_EVENTS)
+        self.receives += len(events)
+        for fd, mask in events:
             session = self.streams.get(fd)
             if session is not None:
                 self.session_ready(session, mask)
@@ -735,6 +735,7 @@ class Worker:
 
     def _dispatch(self, fd: int, mask: int) -> None:
         """An event that is not an open session's. None is there when it was closed earlier in this batch."""
+        self.receives -= 1                  # the loops count every event as one
         handle = self.others.get(fd)
         if handle is not None:
             handle(mask)
@@ -973,11 +974,13 @@ class Worker:
         if mask & ~READ and session.sending is not None:
             self._send_more(session)
         if session.paused or session.is_ended():
+            self.receives -= 1
             if not session.is_open() and mask & ~WRITE:
                 self._discard(session)
-            return
-        if mask & ~WRITE:
+        elif mask & ~WRITE:
             self._receive(session, mask)
+        else:
+            self.receives -= 1
 
     def _receive(self, session: Any, mask: int) -> None:
         """One receive: into the session's RecvBuf behind what is there, or into the scratch buffer."""
@@ -1238,12 +1241,12 @@ class Worker:
     # -- owner thread: a session's end --------------------------------------------------------------------------------
 
     def half_close(self, session: Any) -> None:
-        """The user has nothing more to send: FIN goes out behind what is queued."""
+        """The user has nothing more to send: FIN goes out behind what is queued. Any thread."""
         with self.lock:
             if not session.is_open() or session.fin:
                 return
             session.fin = True
-        session.thread = 0
+            session.thread = 0
         self.post(self._drained, session)
 
     def close_session(self, session: Any, drain: bool, reason: Any, error: Optional[BaseException]) -> None:

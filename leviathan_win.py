@@ -609,11 +609,7 @@ class Engine:
 
     def shutdown(self, session: Any) -> None:
         """Half-close: after what is queued was sent, tell the peer that no more will come; receiving goes on."""
-        worker = session.worker
-        if self.owns(session):
-            worker.half_close(session)
-        else:
-            self.run_on_owner(session, worker.half_close, session)
+        session.worker.half_close(session)
 
     def unlisten(self, listener: Any) -> None:
         """Close a listener. Connections it let in go on."""
@@ -1331,9 +1327,12 @@ class Worker:
     # -- owner thread: a session's end --------------------------------------------------------------------------------
 
     def half_close(self, session: Any) -> None:
-        """The user has nothing more to send: FIN goes out behind what is queued."""
+        """The user has nothing more to send: FIN goes out behind what is queued. Any thread."""
         with session.link.lock:
-            session.fin = session.fin or session.is_open()
+            if not session.is_open() or session.fin:
+                return
+            session.fin = True
+        self.engine.run_on_owner(session, self._settle, session)
 
     def close_session(self, session: Any, drain: bool, reason: Any, error: Optional[BaseException]) -> None:
         """Begin to close. The first cause is the one reported; an abort overtakes a drain that is under way."""

@@ -153,6 +153,10 @@ def parse_arguments(arguments=None):
     unknown = set(options.cases) - {case.name for case in options.suite.cases}
     if unknown:
         parser.error("no such case: %s; there are %s" % (", ".join(sorted(unknown)), case_names(options.suite)))
+    there = {name for case in options.suite.cases for name in case.contenders}
+    asked = {name for name in options.servers.split(",") if name}
+    if asked - there - {re.split("[:+]", name)[0] for name in there}:
+        parser.error("no such server: %s; there are %s" % (", ".join(sorted(asked - there)), ", ".join(sorted(there))))
     return options
 
 

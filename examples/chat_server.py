@@ -43,7 +43,10 @@ def main():
 
     chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_connect=on_connect,
                                   on_disconnect=on_disconnect, idle_timeout=args.idle)
-    listener = chat.listen(args.port, args.host)
+    try:
+        listener = chat.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
     leviathan.run(chat, on_ready=lambda: print("chat_server listens on %s:%d" % listener.address, flush=True))
 

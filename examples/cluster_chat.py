@@ -67,7 +67,10 @@ def main():
     chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_disconnect=on_disconnect,
                                   on_connect=lambda session: session.send(b"your name?"), queue=queue)
     link = links.connect(redis_host, int(redis_port), reconnect=(0.1, 2.0))
-    listener = chat.listen(args.port, args.host)
+    try:
+        listener = chat.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     leviathan.run(chat, links, on_ready=lambda: print("cluster_chat listens on %s:%d" % listener.address, flush=True))
 
 

@@ -40,7 +40,10 @@ def main():
     args = options.parse_args()
 
     server = leviathan.Communicator(parse, on_packet)
-    listener = server.listen(args.port, args.host)
+    try:
+        listener = server.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
     leviathan.run(server, on_ready=lambda: print("custom_header listens on %s:%d" % listener.address, flush=True))
 

@@ -30,10 +30,12 @@ def main():
             client.close()                  # the last session gone, run() returns
 
     def on_disconnect(session, reason, error):
+        if missing:
+            problems.append("%d answers are missing: %s" % (len(missing), error or reason.value))
         client.close()
 
     def on_failure(connector, error):
-        problems.append(error)
+        problems.append("cannot connect to %s:%d: %s" % (args.host, args.port, error))
         client.close()
 
     client = leviathan.Communicator(leviathan.LengthPrefix(4), on_packet, on_connect=on_connect,
@@ -41,7 +43,7 @@ def main():
     client.connect(args.host, args.port, timeout=5, on_failure=on_failure)
     leviathan.run(client)
     if problems:
-        sys.exit("cannot connect to %s:%d: %s" % (args.host, args.port, problems[0]))
+        sys.exit(problems[0])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ def main():
     args = options.parse_args()
 
     server = leviathan.Communicator(leviathan.LengthPrefix(4), echo)
-    listener = server.listen(args.port, args.host)
+    try:
+        listener = server.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
     leviathan.run(server, on_ready=lambda: print("echo_server listens on %s:%d" % listener.address, flush=True))
 

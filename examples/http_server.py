@@ -46,7 +46,10 @@ def main():
             request.reply(Response(404, None, "there is no %s here\n" % request.path))
 
     server = leviathan.Communicator(leviathan.Http(max_body=16 << 20), handle, idle_timeout=60)
-    listener = server.listen(args.port, args.host)
+    try:
+        listener = server.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     leviathan.run(server, later, on_ready=lambda: print("http_server listens on http://%s:%d/" % listener.address, flush=True))
 
 

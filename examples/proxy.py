@@ -59,7 +59,10 @@ def main():
     both = dict(queue=leviathan.EventQueue(1), on_eof=half_close, on_backpressure=pressure, on_disconnect=part)
     clients = leviathan.Communicator(leviathan.Raw(), forward, on_connect=on_client, name="clients", **both)
     targets = leviathan.Communicator(leviathan.Raw(), forward, on_connect=on_target, name="targets", **both)
-    listener = clients.listen(args.port, args.host)
+    try:
+        listener = clients.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
     leviathan.run(clients, targets, on_ready=lambda: print("proxy listens on %s:%d" % listener.address, flush=True))
 

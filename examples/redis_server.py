@@ -570,7 +570,10 @@ def main():
     queue = leviathan.EventQueue(1)                 # one thread, as in Redis: every command is atomic
     server = leviathan.Communicator(leviathan.Resp(), on_command, on_connect=on_connect, on_disconnect=on_disconnect,
                                     queue=queue)
-    listener = server.listen(args.port, args.host)
+    try:
+        listener = server.listen(args.port, args.host)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     queue.every(1.0, expire)
     leviathan.run(server, on_ready=lambda: print("redis_server listens on %s:%d" % listener.address, flush=True))
 

@@ -57,7 +57,10 @@ def main():
         args.upstream = "%s:%d" % shouter.listen(0).address
     host, _, port = args.upstream.rpartition(":")
     link = upstream.connect(host, int(port), reconnect=True)
-    listener = gate.listen(args.port, args.host, serve=clients)
+    try:
+        listener = gate.listen(args.port, args.host, serve=clients)
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+        options.exit(2, "%s\n" % error)
     servers.run()
 
 

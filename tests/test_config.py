@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -143,7 +144,7 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[SESSION]\nRECV_BUF_SIZE = 3\n", ["RECV_BUF_SIZE=3", "8 to 2097152 bytes"]),
     ("[SESSION]\nRECV_BUF_SIZE = 3m\n", ["RECV_BUF_SIZE=3m", "8 to 2097152 bytes"]),
     ("[SESSION]\nMEMORY_LIMIT = 1k\n", ["MEMORY_LIMIT=1k", "a RecvBuf has 4096"]),
-    ("[MPOOL]\nIDX_BUF_2m = 1000\n", ["[SESSION] MEMORY_LIMIT", "1073741824", "2097152000"]),
+    ("[MPOOL]\nIDX_BUF_2m = 1000\n", ["[MPOOL] IDX_BUF_2m=1000", "1073741824", "2097152000", "0 to 512"]),
     ("[SESSION]\nSESSIN_MAX = 4\n", ["SESSIN_MAX", "did you mean SESSION_MAX"]),
     ("[MPOOL]\nIDX_BUF_3 = 4\n", ["IDX_BUF_3", "IDX_BUF_2m"]),
     ("[IOCP_0]\nTHR_COUNT = -1\n", ["[IOCP_0]", "THR_COUNT=-1"]),
@@ -160,9 +161,19 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[COMUNICATOR_0]\nIOCP_IDX = 5\n", ["IOCP_IDX=5", "no queue"]),
     ("[COMUNICATOR_0]\nHEADER = HEADER_2\n", ["HEADER=HEADER_2", "no such section"]),
     ("[COMUNICATOR_0]\nIDLE_TIMEOUT = -3\n", ["IDLE_TIMEOUT=-3", "seconds"]),
-    ("[COMUNICATOR]\nCOUNT = 2\n[COMUNICATOR_0]\n", ["COUNT=2", "only 1"]),
-    ("[IOCP]\nCOUNT = 3\n[IOCP_5]\n[COMUNICATOR_0]\nIOCP_IDX = 4\n", ["IOCP_IDX=4", "allowed: 0, 1, 2, 5"]),
+    ("[COMUNICATOR]\nCOUNT = 2\n[COMUNICATOR_0]\n", ["COUNT=2", "not so many", "0 to 1"]),
+    ("[IOCP]\nCOUNT = 3\n[IOCP_5]\n[COMUNICATOR_0]\nIOCP_IDX = 4\n", ["IOCP_IDX=4", "allowed: 0, 1, 5"]),
     ("[COMUNICATOR_0]\nLISTEN = 0\n[COMMUNICATOR_0]\nlisten = 1\n", ["[COMMUNICATOR_0]", "LISTEN", "line 2", "line 4"]),
+    ("[IOCP]\nCOUNT = 1\n[IOCP_0]\n[IOCP_1]\n[COMUNICATOR_0]\nIOCP_IDX = 1\n", ["IOCP_IDX=1", "allowed: 0"]),
+    ("[COMMUNICATOR_0]\nIOCP_IDX = 4\n", ["[COMMUNICATOR_0] IOCP_IDX=4", "allowed: 0"]),
+    ("[HEADER_7]\n[COMUNICATOR_0]\nHEADER = HEADER_2\n", ["HEADER=HEADER_2", "allowed: HEADER, HEADER_7"]),
+    ("[HEADER]\nSIZE_BYTES = 0\n[COMUNICATOR_0]\n", ["SIZE_BYTES=0", "number: 1 to 8"]),
+    ("[HEADER]\nTYPE = fixed\nSIZE_BYTES = 10\nMAX_PACKET = 2\n[COMUNICATOR_0]\n", ["MAX_PACKET=2", "TYPE=fixed does not"]),
+    ("[HEADER]\nDELIMITER = ;\n[COMUNICATOR_0]\n", ["DELIMITER=;", "TYPE=number does not", "SIZE_BYTES"]),
+    ("[SESSION]\nMEMORY_LIMIT = 1k\n", ["MEMORY_LIMIT=1k", "4096 bytes or more"]),
+    ("[MPOOL]\nIDX_BUF_1m = 500\nIDX_BUF_2m = 300\n", ["IDX_BUF_2m=300", "0 to 262 "]),
+    ("[COMUNICATOR_0]\nCONNECT = nohost\n", ["CONNECT=nohost", "port 1 to 65535"]),
+    ("[COMUNICATOR_0]\nLISTEN = 1\nCLIENT_SESSION_MAX = 0\n", ["CLIENT_SESSION_MAX=0", "1 or more"]),
     ("[COMUNICATOR_0]\nLISTEN = [::1:0\n", ["LISTEN=[::1:0", "[IPv6 address]:port"]),
     ("[COMUNICATOR_0]\nLISTEN = ..:1\n", ["LISTEN=..:1", "no such address"]),
     ("[COMUNICATOR_0]\nCONNECT = 127.0.0.1:0\n", ["CONNECT=127.0.0.1:0", "port 1 to 65535"]),
@@ -284,3 +295,31 @@ def test_serve_with_a_wrong_file_is_one_line_and_status_2(tmp_path):
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
         assert done.stderr.startswith("leviathan: ") and ".ini" in done.stderr
+
+
+def test_a_written_count_of_queues_is_how_many_there_are(tmp_path, caplog):
+    """As for Communicators, those with the least numbers; the others are told of and get no threads."""
+    servers = build(tmp_path, "[IOCP]\nCOUNT = 2\n[IOCP_1]\n[IOCP_2]\nTHR_COUNT = 3\n[IOCP_7]\nTHR_COUNT = 9\n"
+                              "[COMUNICATOR_0]\nIOCP_IDX = 2\nHANDLER = leviathan:echo\n")
+    before = threading.active_count()
+    servers.start()
+    try:
+        assert threading.active_count() - before == 1 + 3
+        assert [line.getMessage().partition(": ")[2] for line in caplog.records] == ["[IOCP] COUNT is 2: not used: [IOCP_7]"]
+    finally:
+        assert servers.stop()
+
+
+def test_an_address_without_a_host_is_this_machine_alone(tmp_path):
+    """`:0` too, which bind() would take for every address of the machine."""
+    servers = build(tmp_path, "[COMUNICATOR_0]\nLISTEN = 0, :0, 127.0.0.1:0\nHANDLER = leviathan:echo\n")
+    try:
+        assert [listener.address[0] for listener in servers[0].listeners] == ["127.0.0.1"] * 3
+    finally:
+        assert servers.stop()
+
+
+def test_messages_have_the_name_that_the_file_has(tmp_path):
+    servers = build(tmp_path, "[COMMUNICATOR_3]\nHANDLER = leviathan:echo\n")
+    assert servers[0].name == "COMMUNICATOR_3"
+    assert servers.stop()

@@ -254,6 +254,16 @@ class TestEpoll(EngineContract):
         assert len([line for line in caplog.records if "cannot accept" in line.getMessage()]) == 1
         assert communicator.queue.statistics()["turns"] < 60
 
+    def test_a_later_shortage_is_told_again(self, monkeypatch, caplog):
+        monkeypatch.setattr(leviathan, "REPORT_PAUSE", 0.0)
+        with faulty(leviathan_linux, Plan("accept", 2, errno.EMFILE, times=2)):
+            _, listener = self.serve(lambda session, packet: session.send(packet))
+            clients = [self.client(listener), self.client(listener)]
+            for client in clients:
+                client.sendall(self.packed(b"x"))
+                assert self.read(client, 5) == self.packed(b"x")
+        assert len([line for line in caplog.records if "cannot accept" in line.getMessage()]) == 2
+
     def test_descriptors_run_out_and_come_back(self):
         # The real thing: no descriptor is left in this process.
         import resource

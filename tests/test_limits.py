@@ -54,7 +54,21 @@ def test_at_the_connection_limit_accepting_pauses_and_resumes(serve, harness, ca
     server.ended.wait(6)
     assert server.manager.statistics()["sessions_high"] == 2
     full = [line for line in lines_of(caplog) if "limit (2)" in line]
-    assert full and "leviathan-limited" in full[0] and "no longer accepting" in full[0]
+    assert len(full) == 1 and "leviathan-limited" in full[0] and "no longer accepting" in full[0]
+
+
+def test_a_limit_that_is_still_met_later_is_told_again(serve, caplog, monkeypatch):
+    """Once in REPORT_PAUSE, however many come and go meanwhile: one line for each of them would be a flood."""
+    monkeypatch.setattr(leviathan, "REPORT_PAUSE", 0.0)
+    server = serve(max_clients=1)
+    for _ in range(3):
+        first, second = server.client(), server.client()
+        assert serves(first)
+        first.close()
+        assert serves(second)
+        second.close()
+    server.ended.wait(6)
+    assert len(lines_of(caplog)) >= 3
 
 
 def test_the_limit_is_logged_once_while_it_stands(serve, caplog):

@@ -832,11 +832,33 @@ def test_a_port_in_use_raises_oserror_at_once(serve):
 @pytest.mark.parametrize("settings, name", [
     ({"max_clients": "5"}, "max_clients"), ({"max_clients": -1}, "max_clients"), ({"idle_timeout": -1}, "idle_timeout"),
     ({"idle_timeout": float("nan")}, "idle_timeout"), ({"packet_timeout": "5"}, "packet_timeout"),
-    ({"queue": 5}, "EventQueue"), ({"manager": 5}, "SessionManager"), ({"on_connect": 5}, "on_connect"),
+    ({"queue": 5}, "queue .*EventQueue"), ({"manager": 5}, "manager .*SessionManager"), ({"on_connect": 5}, "on_connect"),
+    ({"high_water": "5"}, "high_water"), ({"low_water": 1.5}, "low_water"), ({"send_limit": None}, "send_limit"),
     ({"on_disconnect": "x"}, "on_disconnect"), ({"on_eof": 1}, "on_eof"), ({"on_backpressure": 1}, "on_backpressure")])
 def test_a_wrong_argument_is_refused_by_its_name_when_it_is_given(settings, name):
     with pytest.raises((TypeError, ValueError), match=name):
         leviathan.Communicator(LengthPrefix(4), leviathan.echo, **settings)
+
+
+@pytest.mark.parametrize("call, name", [
+    (lambda server: leviathan.Communicator(leviathan.Raw, leviathan.echo), "framing"),
+    (lambda server: server.listen(serve=5), "serve"), (lambda server: server.listen(backlog="x"), "backlog"),
+    (lambda server: server.listen(0, 5), "host"), (lambda server: server.listen(thread="1"), "thread"),
+    (lambda server: server.listen(client_thread=-1), "client_thread"),
+    (lambda server: server.connect(5, 1), "host"), (lambda server: server.connect("x", 1, thread="1"), "thread"),
+    (lambda server: server.connect("x", 1, timeout="5"), "timeout"),
+    (lambda server: server.connect("x", 1, timeout=0), "timeout"),
+    (lambda server: server.connect("x", 1, timeout=float("nan")), "timeout"),
+    (lambda server: server.connect("x", 1, reconnect=5), "reconnect"),
+    (lambda server: server.connect("x", 1, reconnect=(1, 2, 3)), "reconnect"),
+    (lambda server: server.connect("x", 1, reconnect=("1", 2)), "reconnect"),
+    (lambda server: server.queue.call_later("1", len), "seconds"), (lambda server: server.queue.every("1", len), "seconds"),
+    (lambda server: server.queue.every(0, len), "seconds"),
+    (lambda server: server.queue.call_later(float("nan"), len), "seconds"),
+    (lambda server: leviathan.SessionManager(classes=5), "classes")])
+def test_a_wrong_argument_of_a_verb_is_refused_by_its_name(serve, call, name):
+    with pytest.raises((TypeError, ValueError), match=name):
+        call(serve(listen=False, start=False).communicator)
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 70000, "7878", None, 7878.0])
