@@ -316,6 +316,23 @@ class TestEpoll(EngineContract):
         assert session.communicator.queue.statistics()["sends"] - before == 1
         assert session.backlog == 0
 
+    def test_a_sendbuf_holds_what_the_kernel_does_not_take_and_goes_back_when_it_has(self):
+        # B1, B3: one for the outstanding send, none before and none after it.
+        _, session, client = self.pair(high_water=1 << 24)
+        sent = 0
+        while not self.manager.statistics()["operations"]:
+            assert self.manager.statistics()["leased"] == 0
+            assert session.write(b"x" * 30000)
+            sent += 30000
+            self.on_thread(session, int)
+        counts = self.manager.statistics()
+        assert (counts["operations"], counts["leased"]) == (1, 1)
+        assert session.backlog <= counts["memory"] <= 1 << 16
+        assert self.read(client, sent) == b"x" * sent
+        self.on_thread(session, int)
+        counts = self.manager.statistics()
+        assert (counts["operations"], counts["leased"], counts["memory"]) == (0, 0, 0)
+
     @pytest.mark.parametrize("replies", [0, 3])
     def test_each_chunk_that_is_queued_is_counted_once(self, replies):
         # Counting them all again for each of them made a handler that wrote 65,536 single bytes a matter of 40 s.
