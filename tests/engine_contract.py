@@ -673,6 +673,25 @@ class EngineContract:
         self.record.wait_for("on_closed")
         assert [what for _, _, _, what in self.record.of("sent")] == [False] * 4
 
+    def test_an_on_sent_that_writes_again_keeps_no_other_session_waiting(self):
+        # On epoll each of them was in the mail before the sockets were looked at: the others waited till the last.
+        turns, answered = [], threading.Event()
+
+        def again(session, ok):
+            turns.append(ok)
+            if ok and not answered.is_set() and len(turns) < 10000:
+                session.write(b"", again)
+
+        communicator, session, _ = self.pair(lambda session, packet: answered.set())
+        client = self.client(communicator.listeners[0])
+        self.record.wait_for("connect", 2)
+        go = self.hold(session)
+        client.sendall(self.packed(b"here"))
+        session.communicator.queue.engine.run_on_owner(session, session.write, b"", again)
+        go.set()
+        self.record.wait(answered.is_set)
+        assert len(turns) < 10000
+
     def test_nothing_is_sent_after_closing(self):
         _, session, client = self.pair()
         session.close()
