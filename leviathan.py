@@ -31,7 +31,7 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from operator import length_hint
 from threading import get_ident
 
@@ -2900,7 +2900,9 @@ class SessionManager:
         self._peak = dict.fromkeys(_ARRAYS, 0)
         self._memory = 0                    # bytes leased
         self._kept = 0                      # bytes of free buffers; both together stay below the limit
-        self._waiting: Deque[Session] = deque()         # sessions that need a RecvBuf at the limit
+        # {class: {session that needs a RecvBuf of it at the limit: a number that grows with each that comes}}
+        self._waiting: Dict[int, OrderedDict[Session, int]] = {}
+        self._arrivals = 0
         self._operations: List[Operation] = []          # free ones
         self._operations_leased = 0
         self._operations_max = max_sessions * send_operations
@@ -2976,17 +2978,49 @@ class SessionManager:
                 self._kept += buffer.size
             else:
                 self._made[buffer.power] -= 1           # as large as this it goes back to the system
-            waiting, self._waiting = self._waiting, deque()
-        for session in waiting:
-            session.resume_for(PAUSED_MEMORY)
+            waits = bool(self._waiting)
+        if waits:
+            self._wake()
 
     def wait_for_memory(self, session: Session, size: int) -> None:
         """Have *session* resumed when a buffer comes back, at once if *size* bytes can be had by now."""
+        power = _power(size)
         with self._lock:
-            if self._memory + (1 << _power(size)) > self.memory_limit:
-                self._waiting.append(session)
+            if self._memory + (1 << power) > self.memory_limit:
+                self._arrivals += 1
+                self._waiting.setdefault(power, OrderedDict())[session] = self._arrivals
                 return
         session.resume_for(PAUSED_MEMORY)
+
+    def wait_no_more(self, session: Session) -> None:
+        """*session* has ended."""
+        with self._lock:
+            for power, waiting in list(self._waiting.items()):
+                if waiting.pop(session, None) and not waiting:
+                    del self._waiting[power]
+
+    def _wake(self) -> None:
+        """Resume the session that has waited longest of those whose buffer can be had now; behind that it wakes the next.
+
+        One at a time: if all were told of each buffer, a thousand that wait would make a thousand attempts for each.
+        """
+        while True:
+            with self._lock:
+                found = min([(next(iter(waiting.values())), power) for power, waiting in self._waiting.items()
+                             if self._memory + (1 << power) <= self.memory_limit], default=None)
+                if found is None:
+                    return
+                waiting = self._waiting[found[1]]
+                session, _ = waiting.popitem(last=False)
+                if not waiting:
+                    del self._waiting[found[1]]
+            if session.communicator.queue.engine.run_on_owner(session, self._woken, session):
+                return
+
+    def _woken(self, session: Session) -> None:
+        """On the session's thread: take the buffer. Whether it did or has no use for it any more, the next may try."""
+        session._resume_for(PAUSED_MEMORY)
+        session.communicator.queue.engine.run_on_owner(session, self._wake)
 
     def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
         """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""
@@ -3052,7 +3086,8 @@ class SessionManager:
             return {
                 "sessions": self._sessions, "sessions_high": self._sessions_peak, "max_sessions": self.max_sessions,
                 "operations": self._operations_leased, "memory": self._memory, "kept": self._kept,
-                "memory_limit": self.memory_limit, "waiting": len(self._waiting), "leased": sum(self._leased.values()),
+                "memory_limit": self.memory_limit, "waiting": sum(map(len, self._waiting.values())),
+                "leased": sum(self._leased.values()),
                 "classes": {1 << power: {"made": made, "leased": self._leased[power], "high": self._peak[power],
                                          "free": len(self._free.get(power, ()))}
                             for power, made in self._made.items() if made or self._peak[power]}}
@@ -3732,6 +3767,8 @@ class _Core:
         if session.reason is Reason.OVERFLOW:
             _log().warning("%s does not read: over %d bytes unsent; closed it", _address_text(session.peer),
                            session.send_limit)
+        if session.paused & PAUSED_MEMORY:
+            communicator.manager.wait_no_more(session)
         _give_back_partial(session)
         marks, session.marks = session.marks, None
         if marks is not None:

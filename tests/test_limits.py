@@ -463,9 +463,53 @@ def test_a_session_that_waits_for_memory_can_end(serve, harness):
         if session.peer == waiter.getsockname():
             session.abort()
     server.ended.wait()
+    assert server.manager.statistics()["waiting"] == 0          # while there is no memory still
     holder.sendall(frame(b"x" * 100000)[50000:])
     assert read_frame(holder) == b"x" * 100000
-    eventually(lambda: server.manager.statistics()["waiting"] == 0)
+
+
+def test_who_waits_for_memory_does_not_try_for_every_buffer_that_comes_back(serve, harness):
+    """If all that wait were told of each, their attempts would be the square of them: 2000 sessions, 2 s."""
+    count = 60
+    server = serve(manager=harness.manager(memory_limit=2 * 8192 + count * INBOX))
+    clients = [server.client() for _ in range(count)]
+    attempts, lease = [], server.manager.lease
+    server.manager.lease = lambda size: attempts.append(size) or lease(size)
+    packet = frame(b"x" * 8000)
+    for client in clients:
+        client.sendall(packet[:4000])
+    eventually(lambda: server.manager.statistics()["waiting"] >= count - 2 - count * INBOX // 8192)
+    for client in clients:
+        client.sendall(packet[4000:])
+    for client in clients:
+        assert read_exactly(client, len(packet)) == packet
+    assert sum(size > 8000 for size in attempts) < 5 * count
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_has_no_use_for_the_memory_any_more_leaves_it_to_the_next(serve, harness, ended):
+    server = serve(manager=harness.manager(memory_limit=(1 << 17) + 3 * INBOX))
+    packet = frame(b"x" * 100000)
+    holder, first = server.pair()
+    waiters = [server.pair() for _ in range(2)]
+    holder.sendall(packet[:50000])
+    eventually(lambda: server.manager.statistics()["memory"] >= 1 << 17)
+    for number, (client, _) in enumerate(waiters, 1):
+        client.sendall(packet[:50000])
+        eventually(lambda: server.manager.statistics()["waiting"] == number)
+    session = waiters[0][1]
+    if ended:
+        session.communicator.queue.engine.run_on_owner(first, lambda: (first.abort(), session.abort()))
+    else:
+        session.pause()                     # it is woken, and stays as it is
+        holder.sendall(packet[50000:])
+        assert read_exactly(holder, len(packet)) == packet
+    waiters[1][0].sendall(packet[50000:])
+    assert read_exactly(waiters[1][0], len(packet)) == packet
+    session.resume()
+    if not ended:
+        waiters[0][0].sendall(packet[50000:])
+        assert read_exactly(waiters[0][0], len(packet)) == packet
 
 
 @pytest.mark.parametrize("size", range(1, 9))
