@@ -80,6 +80,7 @@ SCRATCH = 1 << 18       # bytes read at once; libuv's figure is 64 KiB, uvloop's
 MAX_EVENTS = 512        # per poll
 ACCEPT_BUDGET = 100     # accepts per readiness, so that one listener starves nobody (RULES: epoll 1)
 EVENT_BUDGET = 64       # posted events per turn, for the same reason
+TIMER_BUDGET = 64       # timers per turn: thousands may be due at once, and the sockets would wait for all of them
 JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joining them would copy them
 JOIN_MEAN = 4096        # unless its chunks are smaller than this on average: 64 of those would be a short send
 GATHER_MAX = 64         # chunks per sendmsg; IOV_MAX is 1024 on Linux, 16 by POSIX
@@ -461,10 +462,10 @@ class Engine:
                 self.cancelled = 0
 
     def take_due(self, now: float) -> List[Timer]:
-        """The timers that are due; each is given to one worker only."""
+        """The timers that are due, TIMER_BUDGET at most; each is given to one worker only."""
         due: List[Timer] = []
         with self.lock:
-            while self.timers and self.timers[0].when <= now:
+            while self.timers and self.timers[0].when <= now and len(due) < TIMER_BUDGET:
                 timer = heapq.heappop(self.timers)
                 timer.queued = False
                 if timer.function is None:

@@ -55,6 +55,7 @@ NAME = "iocp"
 VERSION = "0.1.0"       # of leviathan.py, which looks: half of an update is none
 
 MAX_EVENTS = 512        # packets taken from the port at once by the only thread; several threads take them one by one
+TIMER_BUDGET = 64       # timers per turn: thousands may be due at once, and the sockets would wait for all of them
 ACCEPTS = 8             # accepts armed for each listener (RULES: IOCP 5)
 INBOX_MAX = 1 << 14     # a session whose receives fill its RecvBuf gets one twice as large, up to this ...
 INBOX_CALM = 32         # ... until so many in a row would have fitted a quarter of it
@@ -690,10 +691,10 @@ class Engine:
                 self.cancelled = 0
 
     def take_due(self, now: float) -> List[Timer]:
-        """The timers that are due; each is given to one worker only."""
+        """The timers that are due, TIMER_BUDGET at most; each is given to one worker only."""
         due: List[Timer] = []
         with self.lock:
-            while self.timers and self.timers[0].when <= now:
+            while self.timers and self.timers[0].when <= now and len(due) < TIMER_BUDGET:
                 timer = heapq.heappop(self.timers)
                 timer.queued = False
                 if timer.function is None:

@@ -1195,6 +1195,24 @@ class EngineContract:
             self.read(client, 8)
         timer.cancel()
 
+    def test_sockets_do_not_wait_for_all_timers_that_are_due_at_once(self):
+        ran, seen = [], threading.Event()
+
+        def tick():
+            if not ran:
+                client.sendall(self.packed(b"here"))        # not there yet when the timers were taken
+            seen.wait(0.002)                # time for it to arrive
+            if not seen.is_set():
+                ran.append(None)
+
+        _, session, client = self.pair(lambda session, packet: seen.set())
+        go = self.hold(session)
+        for _ in range(1000):
+            session.communicator.queue.engine.call_later(0, 0, tick)
+        go.set()
+        self.record.wait(seen.is_set)
+        assert len(ran) < 1000
+
     # -- stop ---------------------------------------------------------------------------------------------------------
 
     def test_stop_with_open_sessions_closes_them_with_shutdown(self):
