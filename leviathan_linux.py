@@ -1177,7 +1177,7 @@ class Worker:
             return
         self.sends += 1
         self.sent += sent
-        session.unsent = sum(map(len, out)) - sent
+        session.unsent += sum(map(len, out[session.counted:])) - sent       # as _append counts
         done = 0
         left = sent
         for chunk in out:

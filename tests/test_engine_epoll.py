@@ -362,6 +362,27 @@ class TestEpoll(EngineContract):
         assert counts == [counted, 1 + counted]     # the first one's last byte is still there
         assert Counted.asked < 5000
 
+    def test_what_is_queued_is_not_counted_anew_for_each_part_that_leaves(self):
+        class Counted(bytes):
+            asked = 0
+
+            def __len__(self):
+                Counted.asked += 1
+                return super().__len__()
+
+        def handler(session, packet):
+            for _ in range(1000):
+                assert session.worker.enqueue(session, (chunk,), None)
+                session.send(b"small")              # where nothing is outstanding it is not counted before it leaves
+
+        chunk = Counted(10000)                      # of this size they leave without being joined, 64 at a time
+        _, session, client = self.pair(handler, high_water=1 << 26, send_limit=1 << 26)
+        client.sendall(self.packed(b"go") * 2)
+        sent = (chunk + self.packed(b"small")) * 1000
+        assert self.read(client, 2 * len(sent)) == 2 * sent
+        assert self.on_thread(session, lambda: session.backlog) == 0
+        assert Counted.asked < 10 * 2000
+
     # -- wakeups ------------------------------------------------------------------------------------------------------
 
     def test_the_wakeup_is_drained(self):
