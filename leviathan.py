@@ -1135,10 +1135,10 @@ class Http(StatefulFraming):
             with exchange.lock:
                 if exchange.gone or session.state is not State.OPEN:
                     return False
-                oldest = [request for request in exchange.pending if request._state == _OPEN][:1]
-            if not oldest:
+                oldest = next((request for request in exchange.pending if request._state == _OPEN), None)
+            if oldest is None:
                 raise ValueError("there is no request to answer")
-            done = self.answer(session, oldest[0], packet, on_sent)
+            done = self.answer(session, oldest, packet, on_sent)
             if done is not None:            # else another thread was faster
                 return done
 

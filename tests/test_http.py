@@ -1,4 +1,5 @@
 """HTTP/1.1: every rule of RULES.md's section by its name, limits, order, streams, both roles; programs nobody here wrote."""
+import collections
 import http.client
 import http.server
 import os
@@ -520,6 +521,24 @@ def test_answers_leave_in_the_requests_order():
     assert re.findall(rb"<(\d)>", driven.sent) == [b"0", b"1", b"2", b"3", b"4"]
     with pytest.raises(ValueError):
         driven.send(b"to nobody")
+
+
+def test_the_oldest_request_is_found_without_a_look_at_all_others():
+    """Else as many as are pending, which max_pipelined allows, cost the square of it: 16,000 took 2.6 s."""
+    class Counted(collections.deque):
+        looked = 0
+
+        def __iter__(self):
+            for request in super().__iter__():
+                Counted.looked += 1
+                yield request
+
+    driven = Driven(Http(max_pipelined=1000), lambda session, request: None)
+    driven.feed(GET * 500)
+    driven.protocol.pending = Counted(driven.protocol.pending)
+    for _ in range(500):
+        assert driven.send(b"x")
+    assert driven.sent.count(b"200 OK") == 500 and Counted.looked == 500
 
 
 def test_an_error_is_answered_behind_what_is_owed():
