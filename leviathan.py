@@ -31,7 +31,7 @@ import struct
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from operator import length_hint
 from threading import get_ident
 
@@ -1931,6 +1931,7 @@ class Http(StatefulFraming):
 BULK_MAX = 1 << 29              # proto-max-bulk-len of redis.conf: 512 MB
 LINE_MAX = 1 << 16              # PROTO_INLINE_MAX_SIZE in Redis' server.h: 64 KiB
 ARGUMENTS_MAX = 1 << 20         # words of a command, as Redis' processMultibulkBuffer had it before 7.0
+ALIKE_MAX = 256                 # keys with the same hash in a set or a map: each is compared with all those before it
 BIG_DIGITS = 4300               # of a RESP3 big number: what Python's int() takes (sys.int_info); more is slow, too
 
 
@@ -2051,6 +2052,19 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _hashable(item)) for key, item in value.items())
     return frozenset(value) if isinstance(value, set) else value
+
+
+def _keys(values: List[Any]) -> List[Any]:
+    """Values as keys of a map or items of a set. Raises FramingError if finding their places would take quadratic time.
+
+    What a number's hash is, and a list's of numbers, anybody can compute; those of bytes and str are secret.
+    """
+    keys = list(map(_hashable, values))
+    if len(keys) > ALIKE_MAX:
+        alike = max(Counter(map(hash, keys)).values())
+        if alike > ALIKE_MAX:
+            raise FramingError("%d keys have the same hash" % alike)
+    return keys
 
 
 def _resp_number(value: float) -> bytes:
@@ -2539,8 +2553,8 @@ class Resp(StatefulFraming):
         if kind == b">":
             return Push(items)
         if kind == b"~":
-            return set(map(_hashable, items))
-        pairs = dict(zip(map(_hashable, items[::2]), items[1::2]))
+            return set(_keys(items))
+        pairs = dict(zip(_keys(items[::2]), items[1::2]))
         if kind == b"%":
             return pairs
         if not inner:

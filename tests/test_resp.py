@@ -172,6 +172,20 @@ def test_wrong_settings():
 
 # ---- the rules of RULES.md
 
+def test_numbers_with_the_same_hash_are_no_way_to_quadratic_time():
+    """As items of a set, as keys of a map or of attributes, and within lists: 8000 took 0.35 s, 32,000 5 s."""
+    def alike(count):
+        return [b"(%d\r\n" % (number * ((1 << 61) - 1)) for number in range(16, 16 + count)]
+
+    few, many = alike(leviathan.ALIKE_MAX), alike(leviathan.ALIKE_MAX + 1)
+    assert len(replies(b"~%d\r\n" % len(few) + b"".join(few))[0]) == len(few)
+    for stream in (b"~257\r\n" + b"".join(many), b"%257\r\n" + b":1\r\n".join(many) + b":1\r\n",
+                   b"|257\r\n" + b":1\r\n".join(many) + b":1\r\n", b"~257\r\n*1\r\n" + b"*1\r\n".join(many)):
+        assert refused("client", stream) == "257 keys have the same hash"
+    for more in (list(range(-1000, 1000)), [b"%d" % number for number in range(1000)]):
+        assert replies(encoded(set(more), dict.fromkeys(more, 1))) == [set(more), dict.fromkeys(more, 1)]
+
+
 def test_rule_an_inline_command_has_up_to_64_kib():
     assert commands(b"x" * 65534 + b"\r\n") == [[b"x" * 65534]]
     wire = Wire(Resp())
