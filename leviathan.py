@@ -3129,6 +3129,7 @@ PAUSED_UNSENT = 2
 PAUSED_MEMORY = 4
 PAUSED_ENDED = 8
 PAUSED_PIPELINED = 16           # Http: too many requests are not answered yet
+PAUSED_RESUMING = 32            # the pause is over, and what it has kept is still to be handled before anything is read
 
 
 class _Touched:
@@ -3153,6 +3154,7 @@ class Channel(_Touched):
                  "deadline", "link")
 
     ENDED = PAUSED_ENDED
+    RESUMING = PAUSED_RESUMING
     SHUTDOWN = Reason.SHUTDOWN
 
     socket: Any
@@ -3386,6 +3388,7 @@ class Session(Channel):
         if self.paused & bit:
             self.paused &= ~bit
             if not self.paused:
+                self.paused = PAUSED_RESUMING
                 self.communicator.queue.engine.receive(self)
 
     def part(self) -> None:

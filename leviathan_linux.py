@@ -80,6 +80,7 @@ SCRATCH = 1 << 18       # bytes read at once; libuv's figure is 64 KiB, uvloop's
 MAX_EVENTS = 512        # per poll
 ACCEPT_BUDGET = 100     # accepts per readiness, so that one listener starves nobody (RULES: epoll 1)
 EVENT_BUDGET = 64       # posted events per turn, for the same reason
+MAIL_BUDGET = 16        # times that the mail is read per turn; a poll for each would cost another thread that sends the GIL
 TIMER_BUDGET = 64       # timers per turn: thousands may be due at once, and the sockets would wait for all of them
 JOIN_MAX = 1 << 17      # more unsent bytes than this are sent by sendmsg: joining them would copy them
 JOIN_MEAN = 4096        # unless its chunks are smaller than this on average: 64 of those would be a short send
@@ -605,7 +606,7 @@ class Worker:
     def _turn(self) -> None:
         """One poll and its events; many of them, in fact: the loop is left only for what is rare."""
         # The hot loop. Everything it uses is a local, because it runs for every message.
-        # It polls once, without waiting, even if there is mail: where each mail leads to the next (an on_sent that writes
+        # It polls once, without waiting, even if there is mail left: where each leads to the next (an on_sent that writes
         # again), the sockets and timers of all others would not be looked at before that ends.
         # `engine.due` is read without its lock: who sets an earlier one wakes this worker afterwards, so a stale value
         # costs one turn. The clock is read once per batch (45 ns), the counters are added up per batch.
@@ -686,21 +687,24 @@ class Worker:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Between batches: close what is doomed, do what was posted."""
-        for sock in self.doomed:
-            sock.close()
-        self.doomed.clear()
-        with self.lock:
-            mail, self.mail = self.mail, []
-            self.signalled = False
-        for function, args in mail:
-            if self.dirty and function != self._enqueue_posted:
-                self._flush()               # what other threads have queued in a row leaves together
-            self._attempt(function, args)
-        if self.dirty:
-            self._flush()
-        if self.stopping:
-            self._turn_stopping()
+        """Between batches: close what is doomed, do what was posted, and what that has posted, MAIL_BUDGET times."""
+        for _ in range(MAIL_BUDGET):
+            for sock in self.doomed:
+                sock.close()
+            self.doomed.clear()
+            with self.lock:
+                mail, self.mail = self.mail, []
+                self.signalled = False
+            for function, args in mail:
+                if self.dirty and function != self._enqueue_posted:
+                    self._flush()           # what other threads have queued in a row leaves together
+                self._attempt(function, args)
+            if self.dirty:
+                self._flush()
+            if self.stopping:
+                self._turn_stopping()
+            if not (self.signalled or self.doomed):
+                return
 
     def _turn_stopping(self) -> None:
         """While the thread is ending: events as they come. It waits only for peers that are still to answer."""
@@ -977,6 +981,9 @@ class Worker:
 
     def session_ready(self, session: Any, mask: int) -> None:
         """The general form of what the hot loop does for the common case."""
+        if session.aborted:
+            self.receives -= 1
+            return                          # its end is in the mail
         if mask & ~READ and session.sending is not None:
             self._send_more(session)
         if session.paused or session.is_ended():
@@ -1044,6 +1051,7 @@ class Worker:
 
     def resume(self, session: Any) -> None:
         """session.paused may be 0 again: first what has been received already, then what comes."""
+        session.paused &= ~session.RESUMING
         if not session.is_open() or session.paused:
             return
         try:

@@ -1199,6 +1199,7 @@ class Worker:
 
     def resume(self, session: Any) -> None:
         """session.paused may be 0 again: first what has been received already, then what comes."""
+        session.paused &= ~session.RESUMING
         if not session.is_open() or session.paused:
             return
         if session.link.receiving:

@@ -101,6 +101,23 @@ class TestEpoll(EngineContract):
         self.serve(queue=queue)
         assert self.turns(queue) < 3 * TURNS
 
+    def test_nothing_is_read_between_a_pause_and_what_it_has_kept(self):
+        # What has been received is handled first. An end that were read before would throw it away.
+        _, session, client = self.pair(lambda session, packet: session.pause() if packet == b"stop" else None)
+        client.sendall(self.packed(b"stop", b"kept"))
+        self.record.wait_for("packet")
+        client.shutdown(socket.SHUT_WR)
+
+        def resume_while_a_poll_comes_between():
+            session._resume_for(leviathan.PAUSED_USER)
+            session.worker._rearm(session)
+            session.worker.session_ready(session, leviathan_linux.READ)
+
+        self.on_thread(session, resume_while_a_poll_comes_between)
+        self.record.wait_for("on_closed")
+        assert self.record.packets() == [b"stop", b"kept"]
+        assert self.record.of("disconnect")[0][3][0] is leviathan.Reason.NORMAL
+
     # -- edges: what must not be waited for in vain ------------------------------------------------------------------
 
     def test_a_session_with_nothing_unsent_is_watched_for_edges(self):
