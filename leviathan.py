@@ -1931,6 +1931,7 @@ class Http(StatefulFraming):
 BULK_MAX = 1 << 29              # proto-max-bulk-len of redis.conf: 512 MB
 LINE_MAX = 1 << 16              # PROTO_INLINE_MAX_SIZE in Redis' server.h: 64 KiB
 ARGUMENTS_MAX = 1 << 20         # words of a command, as Redis' processMultibulkBuffer had it before 7.0
+SUBSCRIBED_MAX = 1 << 20        # subscriptions of a client; a server may confirm what nobody has asked for
 ALIKE_MAX = 256                 # keys with the same hash in a set or a map: each is compared with all those before it
 BIG_DIGITS = 4300               # of a RESP3 big number: what Python's int() takes (sys.int_info); more is slow, too
 
@@ -2803,6 +2804,8 @@ class Resp(StatefulFraming):
             return
         prefix, adds = _CONFIRMS[kind]
         channel = _hashable(push[1]) if len(push) > 1 else None
+        if adds and len(state.subscribed) >= SUBSCRIBED_MAX:
+            raise FramingError("over %d subscriptions are confirmed" % SUBSCRIBED_MAX)
         (state.subscribed.add if adds else state.subscribed.discard)((prefix, channel))
         entry = state.pending[0] if state.pending else None
         if type(entry) is not _Subscribing or entry.name != kind:

@@ -706,6 +706,13 @@ def test_subscriber_mode_of_resp2(harness):
     assert refused_.wait() == [[RespError("NOPERM no")]] and none.wait() == [[[b"unsubscribe", None, 0]]]
 
 
+def test_a_server_that_confirms_what_nobody_asked_for_fills_no_memory(harness, monkeypatch):
+    monkeypatch.setattr(leviathan, "SUBSCRIBED_MAX", 50)
+    server = Scripted(harness)
+    server.sends(b"".join(encoded(Push([b"subscribe", b"%d" % number, number])) for number in range(51)))
+    assert server.link.ended.wait() == [Reason.PROTOCOL]
+
+
 FORGED = [b"message", b"a", b"forged"]          # a list that somebody has pushed, as LRANGE gives it
 
 
