@@ -299,7 +299,7 @@ def test_serve_with_a_wrong_file_is_one_line_and_status_2(tmp_path):
 
 def test_a_written_count_of_queues_is_how_many_there_are(tmp_path, caplog):
     """As for Communicators, those with the least numbers; the others are told of and get no threads."""
-    servers = build(tmp_path, "[IOCP]\nCOUNT = 2\n[IOCP_1]\n[IOCP_2]\nTHR_COUNT = 3\n[IOCP_7]\nTHR_COUNT = 9\n"
+    servers = build(tmp_path, "[IOCP]\nCOUNT = 2\n[IOCP_1]\nTHR_COUNT = 1\n[IOCP_2]\nTHR_COUNT = 3\n[IOCP_7]\nTHR_COUNT = 9\n"
                               "[COMUNICATOR_0]\nIOCP_IDX = 2\nHANDLER = leviathan:echo\n")
     before = threading.active_count()
     servers.start()
