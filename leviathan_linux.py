@@ -506,7 +506,8 @@ class Worker:
     """One thread, its epoll, and everything that only this thread may touch."""
 
     __slots__ = ("engine", "core", "poller", "edge", "wakeup", "lock", "mail", "signalled", "stopped", "stopping", "streams",
-                 "others", "listeners", "sessions", "owned", "dirty", "cork", "doomed", "scratch", "now", "ident", "thread",
+                 "others", "listeners", "sessions", "owned", "dirty", "direct", "cork", "tally",
+                 "doomed", "scratch", "now", "ident", "thread",
                  "receives", "received", "sends", "sent", "accepted", "connected", "closed", "events", "turns")
 
     def __init__(self, engine: Engine, index: int) -> None:
@@ -526,7 +527,9 @@ class Worker:
         self.sessions = 0                   # sessions this worker owns, in whatever state
         self.owned: Dict[int, Any] = {}     # {descriptor: session}, every one of them
         self.dirty: List[Any] = []          # sessions that a handler has queued something for
-        self.cork = self.dirty.append       # one for all sessions: each its own would be 72 bytes more of an idle one
+        self.direct: List[int] = []         # bytes of each send that Session.send has made since the last turn
+        # One of each for all sessions: each its own would be 72 bytes more of an idle one.
+        self.cork, self.tally = self.dirty.append, self.direct.append
         self.doomed: List[socket.socket] = []       # sockets to be closed when the batch of events is done
         self.scratch = self.core.scratch(SCRATCH)   # a ctypes array: what sessions without a RecvBuf are read into
         self.now = monotonic()              # one clock read per batch
@@ -582,7 +585,9 @@ class Worker:
 
     def counters(self) -> Dict[str, int]:
         """What was counted since the start."""
-        return {"receives": self.receives, "bytes_received": self.received, "sends": self.sends, "bytes_sent": self.sent,
+        direct = self.direct[:]             # not added up yet
+        return {"receives": self.receives, "bytes_received": self.received, "sends": self.sends + len(direct),
+                "bytes_sent": self.sent + sum(direct),
                 "accepted": self.accepted, "connected": self.connected, "closed": self.closed, "events": self.events,
                 "turns": self.turns}
 
@@ -615,6 +620,7 @@ class Worker:
         streams = self.streams
         scratch = self.scratch
         dirty = self.dirty
+        direct = self.direct
         engine = self.engine
         read = READ
         full = len(scratch)
@@ -675,6 +681,10 @@ class Worker:
                             self.outstanding(session, data, count)
                     else:
                         self._flush()
+            if direct:
+                sends += len(direct)
+                sent += sum(direct)
+                direct.clear()
             self.sends += sends
             self.sent += sent
             self.turns += 1
@@ -927,7 +937,7 @@ class Worker:
         """Connected and on its own thread: on_connected comes first, then the first receive is armed."""
         session.last = self.now
         session.thread = self.ident
-        session.cork = self.cork
+        session.cork, session.tally = self.cork, self.tally
         self.connected += 1
         session.move("established")
         self.streams[session.socket.fileno()] = session
