@@ -406,6 +406,7 @@ class LengthPrefix(Framing):
         limit = self.max_packet - header
         too_long = self.too_long
         runs: Dict[int, Any] = {}           # {length: iter_unpack of header and content}; no more than RUN_MAX of them
+        lone: Dict[int, Any] = {}           # {bytes of one packet: unpack_from of its header and content}
         code = self._struct.format
 
         def run(session: Session, buffer: bytes, length: int, width: int) -> int:
@@ -428,12 +429,18 @@ class LengthPrefix(Framing):
             return whole - length_hint(packets) * width
 
         def received(session: Session, buffer: Any, end: int) -> None:
-            length, = unpack_from(buffer)       # of whatever lies there, where less than a header has come
+            try:
+                length, packet = lone[end](buffer)
+            except KeyError:
+                length, = unpack_from(buffer)   # of whatever lies there, where less than a header has come
+                packet = buffer[header:end] if length == end - header <= limit else b""
+                if header < end <= RUN_MAX:
+                    lone[end] = struct.Struct("%s%ds" % (code, end - header)).unpack_from
             if length == end - header <= limit:
                 # One packet and no more, as from every peer that waits for its reply: the loop's bookkeeping is spared.
                 session.direct = True
                 try:
-                    on_packet(session, buffer[header:end])
+                    on_packet(session, packet)
                 except BaseException as error:
                     fail(session, error)
                 if session.partial is not None:
