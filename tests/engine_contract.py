@@ -1358,6 +1358,19 @@ class EngineContract:
         counts = queue.statistics()
         assert counts["sessions"] == 0 and counts["closed"] == 1
 
+    def test_statistics_count_what_a_timer_sends(self):
+        # On epoll such a reply leaves by the short way, which counts by the turn.
+        _, session, client = self.pair(lambda session, packet: None)
+        client.sendall(self.packed(b"no answer"))
+        self.record.wait_for("packet")
+        queue = session.communicator.queue
+        for verb in (lambda: queue.call_later(0.01, session.send, b"later"),
+                     lambda: queue.engine.run_on_owner(session, session.send, b"later")):
+            before = queue.statistics()["bytes_sent"]
+            verb()
+            assert self.read(client, 9) == self.packed(b"later")
+            self.record.wait(lambda before=before: queue.statistics()["bytes_sent"] == before + 9)
+
     def test_statistics_count_each_byte_of_large_packets(self):
         _, session, client = self.pair(lambda session, packet: session.send(packet))
         body = b"x" * 700000
