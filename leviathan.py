@@ -436,7 +436,7 @@ class LengthPrefix(Framing):
                     unpack = lone[end]
                 except KeyError:
                     unpack = lone[end] = struct.Struct("%s%ds" % (code, max(0, end - header))).unpack_from
-                length, packet = unpack(buffer)         # at once: 1 % more messages than one by one, with one in flight
+                length, packet = unpack(buffer)         # at once: 1 % fewer instructions a message than one by one
             else:
                 length, = unpack_from(buffer)
                 packet = buffer[header:end] if length == end - header <= limit else b""
