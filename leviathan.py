@@ -406,8 +406,6 @@ class LengthPrefix(Framing):
         limit = self.max_packet - header
         too_long = self.too_long
         runs: Dict[int, Any] = {}           # {length: iter_unpack of header and content}; no more than RUN_MAX of them
-        lone: Dict[int, Any] = {}           # {bytes of one packet, RUN_MAX at most: unpack_from of its header and content}
-        most = RUN_MAX
         code = self._struct.format
 
         def run(session: Session, buffer: bytes, length: int, width: int) -> int:
@@ -430,21 +428,12 @@ class LengthPrefix(Framing):
             return whole - length_hint(packets) * width
 
         def received(session: Session, buffer: Any, end: int) -> None:
-            # The length is that of whatever lies there, where less than a header has come.
-            if end <= most:
-                try:
-                    unpack = lone[end]
-                except KeyError:
-                    unpack = lone[end] = struct.Struct("%s%ds" % (code, max(0, end - header))).unpack_from
-                length, packet = unpack(buffer)         # at once: 1 % fewer instructions a message than one by one
-            else:
-                length, = unpack_from(buffer)
-                packet = buffer[header:end] if length == end - header <= limit else b""
+            length, = unpack_from(buffer)       # of whatever lies there, where less than a header has come
             if length == end - header <= limit:
                 # One packet and no more, as from every peer that waits for its reply: the loop's bookkeeping is spared.
                 session.direct = True
                 try:
-                    on_packet(session, packet)
+                    on_packet(session, buffer[header:end])
                 except BaseException as error:
                     fail(session, error)
                 if session.partial is not None:

@@ -21,6 +21,16 @@ import leviathan_linux                          # noqa: E402
 TURNS = 10          # what nothing to do may cost in a tenth of a second; a loop that spins makes thousands
 
 
+class Counted(bytes):
+    """Bytes that count how often their length is asked."""
+
+    asked = 0
+
+    def __len__(self):
+        Counted.asked += 1
+        return super().__len__()
+
+
 class TestEpoll(EngineContract):
     module = leviathan_linux
     settings = {"USE_EPOLL": True}       # even under LEVIATHAN_POLL=1
@@ -353,12 +363,7 @@ class TestEpoll(EngineContract):
     @pytest.mark.parametrize("replies", [0, 3])
     def test_each_chunk_that_is_queued_is_counted_once(self, replies):
         # Counting them all again for each of them made a handler that wrote 65,536 single bytes a matter of 40 s.
-        class Counted(bytes):
-            asked = 0
-
-            def __len__(self):
-                Counted.asked += 1
-                return super().__len__()
+        Counted.asked = 0
 
         def handler(session, packet):
             for _ in range(replies):
@@ -380,12 +385,7 @@ class TestEpoll(EngineContract):
         assert Counted.asked < 5000
 
     def test_what_is_queued_is_not_counted_anew_for_each_part_that_leaves(self):
-        class Counted(bytes):
-            asked = 0
-
-            def __len__(self):
-                Counted.asked += 1
-                return super().__len__()
+        Counted.asked = 0
 
         def handler(session, packet):
             for _ in range(1000):
