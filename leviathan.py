@@ -71,6 +71,7 @@ GROW_MAX = 1 << 16              # a peer that fills its RecvBuf gets one twice a
 CORK_MAX = 64                   # packets that one handler queues before the first of them leave
 HOSTS_KEPT = 1024               # peers' addresses of which all connections share one string
 RUN_MAX = 1024                  # runs of packets of one length are looked for up to this length
+LONE_SIZES = 256                # so many sizes of packets that come alone have a Struct of their own
 SEND_INLINE = 1 << 14           # a larger packet is queued beside its header instead of being copied behind it
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
 REPORT_PAUSE = 60.0             # seconds in which a limit that is reached again and again is one line in the log
@@ -406,6 +407,7 @@ class LengthPrefix(Framing):
         limit = self.max_packet - header
         too_long = self.too_long
         runs: Dict[int, Any] = {}           # {length: iter_unpack of header and content}; no more than RUN_MAX of them
+        lone: Dict[int, Any] = {}           # {bytes received: unpack_from of the header and the content that fills them}
         code = self._struct.format
 
         def run(session: Session, buffer: bytes, length: int, width: int) -> int:
@@ -428,17 +430,31 @@ class LengthPrefix(Framing):
             return whole - length_hint(packets) * width
 
         def received(session: Session, buffer: Any, end: int) -> None:
-            length, = unpack_from(buffer)       # of whatever lies there, where less than a header has come
-            if length == end - header <= limit:
-                # One packet and no more, as from every peer that waits for its reply: the loop's bookkeeping is spared.
-                session.direct = True
-                try:
-                    on_packet(session, buffer[header:end])
-                except BaseException as error:
-                    fail(session, error)
-                if session.partial is not None:
-                    rest(session, buffer, end, end)
-                return
+            # One packet and no more, as from every peer that waits for its reply: the loop's bookkeeping is spared, and
+            # header and content of a size that has been there are unpacked at once (100 ns instead of 170).
+            unpack = lone.get(end)
+            if unpack is not None:
+                length, packet = unpack(buffer)
+                if length != end - header:
+                    several(session, buffer, end)
+                    return
+            else:
+                length, = unpack_from(buffer)   # of whatever lies there, where less than a header has come
+                if length != end - header or length > limit:
+                    several(session, buffer, end)
+                    return
+                packet = buffer[header:end]
+                if len(lone) < LONE_SIZES:
+                    lone[end] = struct.Struct("%s%ds" % (code, length)).unpack_from
+            session.direct = True
+            try:
+                on_packet(session, packet)
+            except BaseException as error:
+                fail(session, error)
+            if session.partial is not None:
+                rest(session, buffer, end, end)
+
+        def several(session: Session, buffer: Any, end: int) -> None:
             session.direct = False
             start = 0
             try:

@@ -173,6 +173,39 @@ def test_same_packets_however_the_stream_is_cut(framing, drive):
         assert all(type(packet) is bytes for packet in packets)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_size_that_came_alone_before_says_nothing_of_what_comes_now(size):
+    """The receiver unpacks a packet that comes alone at once, by its size: as many bytes may be something else."""
+    framing = LengthPrefix(size)
+    for content in range(100):
+        alone = framing.encode(b"a" * content)
+        two = framing.encode(b"b") + framing.encode(b"c" * (content - size - 1)) if content > size else alone
+        beginning = framing.encode(b"d" * (content + 1))[:-1]
+        driven = Receiving(framing)
+        for stream in alone, alone, two, alone, beginning:
+            driven.feed(stream)
+        between = [b"b", b"c" * (content - size - 1)] if content > size else [b"a" * content]
+        assert driven.packets == [b"a" * content] * 2 + between + [b"a" * content] and driven.kept == beginning
+        driven.feed(b"d")
+        assert driven.packets[-1] == b"d" * (content + 1) and not driven.errors
+
+
+def test_the_sizes_that_are_unpacked_at_once_are_bounded(monkeypatch):
+    made = []
+
+    def watched(code, make=struct.Struct):
+        made.append(code)
+        return make(code)
+
+    driven = Receiving(LengthPrefix(4))
+    monkeypatch.setattr(leviathan.struct, "Struct", watched)
+    for content in range(4 * leviathan.LONE_SIZES):
+        for _ in range(2):
+            driven.feed(struct.pack("!I", content) + bytes(content))
+    assert [len(packet) for packet in driven.packets[::2]] == list(range(4 * leviathan.LONE_SIZES))
+    assert len(made) == leviathan.LONE_SIZES
+
+
 @every_framing
 def test_incomplete_last_packet_is_kept(framing):
     contents = contents_for(framing)
