@@ -86,7 +86,8 @@ class Driven(leviathan.StatefulSession):
         self.socket = FakeSocket(self)
         self.state = leviathan.State.OPEN
         self.reason = self.error = self.partial = self.ended = None
-        self.thread = self.seen = self.paused = self.filled = 0
+        self.seen = self.paused = self.filled = 0
+        self.owner = leviathan.NOBODY
         self.send_limit = 1 << 24
         self.peer = ("127.0.0.1", 80)
         self.out = []
@@ -819,8 +820,8 @@ def test_headers_that_change_are_never_taken_from_the_cache():
     http = Http()
     headers = {"X": "1"}
     driven = Driven(http, lambda session, request: session.send(Response(200, headers, b"")))
-    driven.thread = threading.get_ident()
-    driven.cork = driven.tally = lambda what: None
+    driven.owner, driven.dirty, driven.tally = threading.RLock(), [], []
+    driven.owner.acquire()
     for number in range(1200):
         headers["X"] = str(number)
         driven.feed(GET)

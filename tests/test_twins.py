@@ -17,7 +17,7 @@ ONLY_EPOLL = {
         "post": "a thread has its mail, on a port each session has",
         "wake": "each epoll sleeps by itself; a port is woken by a packet", "_signal": "as wake",
         "_mail_ready": "as wake", "_events_ready": "as wake: a packet is an event already, and `_event` takes it",
-        "_add_up": "as restore",
+        "_add_up": "as restore", "_reach": "as _dispatch",
         "_tidy": "descriptors are closed behind a batch, or a new socket gets the events of an old one",
         "_end": "an epoll and a wakeup descriptor for each thread", "_dispatch": "descriptors, not operations, are found",
         "_disarm_listener": "an accept that is outstanding needs no watching",
