@@ -658,8 +658,6 @@ class Worker:
                         handle(session, scratch, count)
                     except BaseException as error:
                         self._spoiled(session, error)
-                    if count == full:
-                        self._look_again(session)
                 else:
                     self.core.on_eof(session)
                 if dirty:
@@ -687,7 +685,13 @@ class Worker:
             self.sent += sent
             self.turns += 1
             self.receives += len(events)
-            self.received += sum(counts)
+            received = sum(counts)
+            self.received += received
+            if received >= full and full in counts:     # somebody has filled the buffer: asked once a turn, not once a message
+                for fd, mask in events:
+                    session = streams[fd]
+                    if session is not None:
+                        self._look_again(session)
             counts.clear()
             if now >= engine.due:
                 self._run_timers(now)
