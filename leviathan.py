@@ -454,6 +454,7 @@ class LengthPrefix(Framing):
                 rest(session, buffer, end, end)
 
         def several(session: Session, buffer: Any, end: int) -> None:
+            """Hand on what is whole; the replies are joined."""
             session.direct = False
             start = 0
             try:
