@@ -430,8 +430,8 @@ class Engine:
     def __init__(self, core: Any, name: str, threads: int) -> None:
         self.core = core
         self.name = name
-        # Guards events, timers, cancelled, turn, due, owned, listeners, accepted, connected, closed, started, stopped,
-        # stopping, ended and port_closed.
+        # Guards events, timers, cancelled, turn, due, owned, leaving, listeners, accepted, connected, closed, started,
+        # stopped, stopping, ended and port_closed.
         self.lock = threading.Lock()
         self.events: Deque[Tuple[Any, Any]] = deque()       # (function, args), or (None, target): read its mail
         self.timers: List[Timer] = []       # a heap by time
@@ -439,6 +439,7 @@ class Engine:
         self.turn = 0                       # numbers the timers
         self.due = FOREVER                  # when the first timer is due
         self.owned: Set[Any] = set()        # sessions, in whatever state
+        self.leaving = 0                    # how many of them are in their on_closed, and counted as closed
         self.listeners: Set[Any] = set()
         self.late: List[threading.Thread] = []      # they run on_closed for sessions that came too late for a worker
         self.accepted = self.connected = self.closed = 0
@@ -499,7 +500,8 @@ class Engine:
     def statistics(self) -> Dict[str, int]:
         """Sums over the workers since the start; `threads`, `sessions` and `timers` are as of now."""
         with self.lock:
-            total = {"threads": len(self.workers), "sessions": len(self.owned), "timers": len(self.timers) - self.cancelled,
+            total = {"threads": len(self.workers), "sessions": len(self.owned) - self.leaving,
+                     "timers": len(self.timers) - self.cancelled,
                      "accepted": self.accepted, "connected": self.connected, "closed": self.closed}
         for worker in self.workers:
             for key, value in worker.counters().items():
@@ -1456,10 +1458,14 @@ class Worker:
         if link.inbox is not None:
             self.core.give_back(session, link.inbox)
             link.inbox = None
+        engine = self.engine
+        with engine.lock:
+            engine.closed += 1
+            engine.leaving += 1
         self.core.on_closed(session, session.error)
-        with self.engine.lock:
-            self.engine.closed += 1
-            self.engine.owned.discard(session)
+        with engine.lock:
+            engine.leaving -= 1
+            engine.owned.discard(session)   # not before: the threads may end when the last is gone
 
     def _operation(self, target: Any, complete: Any) -> Overlapped:
         """A free record, for a call on *target*."""

@@ -1358,6 +1358,14 @@ class EngineContract:
         counts = queue.statistics()
         assert counts["sessions"] == 0 and counts["closed"] == 1
 
+    def test_who_is_told_of_a_sessions_end_finds_it_counted(self):
+        counts = []
+        _, session, client = self.pair(on_disconnect=lambda session, *why: counts.append(
+            session.communicator.queue.statistics()))
+        client.close()
+        self.record.wait_for("on_closed")
+        assert [(each["sessions"], each["closed"]) for each in counts] == [(0, 1)]
+
     def test_statistics_count_what_a_timer_sends(self):
         # On epoll such a reply leaves by the short way, which counts by the turn.
         _, session, client = self.pair(lambda session, packet: None)
