@@ -1198,7 +1198,7 @@ class Http(StatefulFraming):
                         pending.clear()
                 # Only this thread adds requests, so nobody can come in between.
                 if alone:
-                    return session.put(data, None, True)        # type: ignore[attr-defined,no-any-return]
+                    return session.put(data, None, True)
                 return self.emit(session, request, (data,), _ANSWERED, False, None)
         chunks, state, closes = self._encode_answer(head, packet)
         return self.emit(session, request, chunks, state, closes, on_sent)
@@ -1466,7 +1466,7 @@ class Http(StatefulFraming):
                 return False
             exchange.pending.append(packet)
             if on_sent is None and len(chunks) == 1:
-                done = session.put(chunks[0])           # type: ignore[attr-defined]
+                done = session.put(chunks[0])
             else:
                 done = session._queue(chunks, on_sent)
             if not done:
@@ -3343,7 +3343,11 @@ class Session(Channel):
 
     def write(self, data: BytesLike, on_sent: Optional[OnSent] = None) -> bool:
         """Queue raw bytes, past the framing. Otherwise like `send`."""
-        return self._queue((_octets(data),), on_sent)
+        data = _octets(data)
+        if on_sent is None and self.owner._is_owned():
+            self.direct = False             # who writes piece by piece wants the pieces joined
+            return self.put(data, None, True)
+        return self._queue((data,), on_sent)
 
     def close(self) -> bool:
         """End the session after what is queued was sent. False if it is ending already."""
@@ -3367,6 +3371,32 @@ class Session(Channel):
         self.resume_for(PAUSED_USER)
 
     # -- any thread: leviathan's ----------------------------------------------------------------------------------
+
+    def put(self, data: bytes, on_sent: Optional[OnSent] = None, own: bool = False) -> bool:
+        """Queue raw bytes as `write` does, on the session's own thread (*own*: it is) by the fast path of `send`."""
+        # From here on the same as in `send`, where one more call would cost each message 40 ns.
+        if (own or self.owner._is_owned()) and on_sent is None and len(data) <= SEND_INLINE + HEAD_KEPT_MAX + 512:
+            if self.direct:
+                self.direct = False
+                try:
+                    sent = self.socket.send(data)
+                except OSError as error:
+                    self.worker.send_failed(self, data, error)
+                    return self.state is State.OPEN
+                self.tally.append(sent)
+                if sent != len(data):
+                    self.worker.outstanding(self, data, sent)
+                return True
+            out = self.out
+            if not out:
+                self.dirty.append(self)
+            elif self.separator:
+                self.part()
+            out.append(data)
+            if len(out) > CORK_MAX:
+                self.worker.flush_early(self)
+            return True
+        return self._queue((data,), on_sent)
 
     def _encode(self, packet: Any) -> Tuple[bytes, ...]:
         framing = self.communicator.framing
@@ -3526,30 +3556,6 @@ class StatefulSession(Session):
                 _Core.on_failed(self.stateful.leaving, problem)
         if not owes:
             self.end(True, reason, None)
-
-    def put(self, data: bytes, on_sent: Optional[OnSent] = None, own: bool = False) -> bool:
-        """Queue raw bytes as `write` does, on the session's own thread (*own*: it is) by the fast path of Session.send."""
-        # From here on the same as in Session.send, where one more call would cost each message 40 ns.
-        if (own or self.owner._is_owned()) and on_sent is None and len(data) <= SEND_INLINE + HEAD_KEPT_MAX + 512:
-            if self.direct:
-                self.direct = False
-                try:
-                    sent = self.socket.send(data)
-                except OSError as error:
-                    self.worker.send_failed(self, data, error)
-                    return self.state is State.OPEN
-                self.tally.append(sent)
-                if sent != len(data):
-                    self.worker.outstanding(self, data, sent)
-                return True
-            out = self.out
-            if not out:
-                self.dirty.append(self)
-            out.append(data)
-            if len(out) > CORK_MAX:
-                self.worker.flush_early(self)
-            return True
-        return self._queue((data,), on_sent)
 
 
 def _unix_family() -> int:
@@ -4269,7 +4275,7 @@ class Communicator:
     def broadcast(self, packet: Any) -> int:
         """Send *packet* to every session; it is encoded once (A7). Returns how many it was queued for."""
         data = self.framing.encode(packet)
-        return sum([session.write(data) for session in self.sessions])
+        return sum([session.put(data) for session in self.sessions])
 
     def close(self) -> None:
         """Listen and connect no more; every session is closed after what is queued for it was sent."""
