@@ -660,13 +660,15 @@ class Worker:
                 else:
                     self.core.on_eof(session)
                 if dirty:
-                    # Nearly always these are replies to this very session: that saves the two calls of _flush. What is
+                    # What _flush does; to do it here saves two calls, and one for each session of a broadcast. What is
                     # large has left already (see _append), so joining copies little.
-                    out = session.out
-                    if out and session.owner is mine and len(dirty) == 1:
+                    for session in dirty:
+                        out = session.out
+                        if not out or session.owner is not mine:
+                            self._send_now(session)
+                            continue
                         data = out[0] if len(out) == 1 else session.separator.join(out)
                         out.clear()
-                        dirty.clear()
                         try:
                             count = session.socket.send(data)
                         except OSError as error:
@@ -677,8 +679,7 @@ class Worker:
                             session.unsent = 0          # `_append` may have counted: a large packet, or raw bytes
                         else:
                             self.outstanding(session, data, count)
-                    else:
-                        self._flush()
+                    dirty.clear()
             self.turns += 1
             self.receives += len(events)
             received = sum(counts)
@@ -1130,14 +1131,12 @@ class Worker:
         if on_sent is not None:
             session.mark(on_sent)
         if session.unsent > session.high_water:
-            if session.sending is None:
-                self._send_now(session)     # perhaps the kernel takes it all
+            self._send_now(session)         # perhaps the kernel takes it all
             self._check_limits(session, before)
 
     def flush_early(self, session: Any) -> None:
         """A handler has queued so much that the first part of it should leave."""
-        if session.sending is None and session.out:
-            self._send_now(session)
+        self._send_now(session)
 
     def _check_limits(self, session: Any, before: int) -> None:
         """The kernel does not take what is queued: pause above the high-water mark, give up at the hard limit."""
@@ -1154,17 +1153,17 @@ class Worker:
 
     def _flush(self) -> None:
         """Send what handlers have queued: for each session all of it in one system call."""
-        dirty = self.dirty
-        for session in dirty:
-            if session.aborted:
-                session.out.clear()
-            elif session.out and session.sending is None:
-                self._send_now(session)
-        dirty.clear()
+        for session in self.dirty:
+            self._send_now(session)
+        self.dirty.clear()
 
     def _send_now(self, session: Any) -> None:
-        """One send of everything that is queued. Nothing is outstanding."""
+        """One send of everything that is queued, unless one is outstanding."""
         out = session.out
+        if session.aborted:
+            out.clear()
+        if not out or session.sending is not None:
+            return
         if session.unsent > JOIN_MAX and session.unsent > JOIN_MEAN * len(out):
             self._send_gather(session)
             return
@@ -1262,8 +1261,7 @@ class Worker:
             return
         session.sending = None
         self.core.end_send(operation)
-        if session.out:
-            self._send_now(session)
+        self._send_now(session)
         if session.sending is None:
             self._rearm_sending(session)
             if not session.is_open() or session.fin:
