@@ -405,15 +405,13 @@ class LengthPrefix(Framing):
         header = self.header
         limit = self.max_packet - header
         too_long = self.too_long
-        runs: Dict[int, Any] = {}           # {length: iter_unpack of header and content}; no more than RUN_MAX of them
+        runs: Dict[int, Any] = {}           # {length: (iter_unpack of header and content, the header)}; RUN_MAX at most
         lone: Dict[int, Any] = {}           # {bytes received: unpack_from of the header and the content that fills them}
         code = self._struct.format
 
         def run(session: Session, buffer: bytes, length: int, width: int) -> int:
             """Hand on packets of *length* bytes as long as there are such; returns where the first other one begins."""
-            unpack = runs.get(length)
-            if unpack is None:
-                unpack = runs[length] = struct.Struct("%s%ds" % (code, length)).iter_unpack
+            unpack = runs[length][0]
             whole = len(buffer) // width * width
             packets = unpack(buffer[:whole])
             try:
@@ -466,7 +464,9 @@ class LengthPrefix(Framing):
                             # perhaps all are: then one iterator makes length and content in 40 ns a packet, where
                             # unpack_from and a slice take 100 (with handler and send 300 instead of 365).
                             buffer = buffer[:end]
-                            if buffer.startswith(buffer[:header], stop):
+                            if length not in runs:
+                                runs[length] = struct.Struct("%s%ds" % (code, length)).iter_unpack, buffer[:header]
+                            if buffer.startswith(runs[length][1], stop):
                                 start = run(session, buffer, length, stop)
                                 if start == end or session.paused:
                                     break
