@@ -188,7 +188,8 @@ class Framing:
         """The whole length in bytes of the packet that begins at *start*; 0 when that is not known yet.
 
         Bytes from *start* to *end* are there. The first *seen* of them were there at an earlier call that returned 0,
-        so they need not be searched again. Raises FramingError when this can be no packet, or is over max_packet.
+        so they need not be searched again. Raises FramingError when this can be no packet. What it returns is checked:
+        a length that is negative or over max_packet is refused, and so are max_packet bytes of which it knows no length.
         """
         raise NotImplementedError
 
@@ -205,11 +206,15 @@ class Framing:
         raise NotImplementedError
 
     def split(self, buffer: Any, start: int, end: int, seen: int = 0) -> Iterator[Tuple[Any, int]]:
-        """Yield (packet, where it ends) for each whole packet."""
+        """Yield (packet, where it ends) for each whole packet. Raises FramingError like `parse`."""
+        limit = self.max_packet
         while start < end:
             size = self.parse(buffer, start, end, seen)
+            if not 0 < size <= limit:
+                self._check_size(size, end - start)
+                return
             stop = start + size
-            if not size or stop > end:
+            if stop > end:
                 return
             yield self.decode(buffer, start, stop), stop
             start = stop
@@ -239,7 +244,19 @@ class Framing:
 
     def need(self, session: Session, buffer: Any, start: int, end: int, seen: int) -> int:
         """What `parse` says, for a session that keeps an incomplete packet; a StatefulFraming may know more."""
-        return self.parse(buffer, start, end, seen)
+        size = self.parse(buffer, start, end, seen)
+        if not 0 < size <= self.max_packet:
+            self._check_size(size, end - start)
+        return size
+
+    def _check_size(self, size: int, have: int) -> None:
+        """FramingError for a length that no packet may have, *have* bytes of which are there; 0: not known yet."""
+        if size < 0:
+            raise FramingError("%s.parse() returned the length %d" % (type(self).__name__, size))
+        if size > self.max_packet:
+            raise self.too_long(size)
+        if have >= self.max_packet:
+            raise FramingError("no length or end of a packet within max_packet (%d bytes)" % self.max_packet)
 
     def too_long(self, size: int) -> FramingError:
         """The error for a packet of *size* bytes."""
@@ -632,13 +649,11 @@ class Function(Framing):
         self.max_packet = _check_max(max_packet)
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
-        """What the function says, checked."""
+        """What the function says."""
         view = memoryview(buffer)
         size = self.function((view if view.format == "B" else view.cast("B"))[start:end])
         if size < 0:
             raise FramingError("%s() returned the length %d" % (_name_of(self.function), size))
-        if size > self.max_packet or not size and end - start >= self.max_packet:
-            raise self.too_long(size or end - start)
         return size
 
 
@@ -3286,8 +3301,9 @@ class Session(Channel):
         # in 13 ns whose it is, get_ident() and a comparison take 34, a lock 150; counting bytes here would be 29,
         # framing.encode 176.
         if self.owner._is_owned() and on_sent is None:
-            size = len(packet)
-            if size == self.alike and type(packet) is bytes:
+            # What is no bytes is the framing's to know; it may be an object that has no len().
+            size = len(packet) if type(packet) is bytes else SEND_INLINE
+            if size == self.alike:
                 out = self.out
                 if out:
                     # A reply as long as those before it: join() puts their header between them.
@@ -3297,7 +3313,7 @@ class Session(Channel):
                     return True
                 data = self.separator + packet
             else:
-                if size < SEND_INLINE and self.pack is not None and type(packet) is bytes:
+                if size < SEND_INLINE and self.pack is not None:
                     header = self.pack(size)
                     data = header + packet
                 else:
@@ -3393,9 +3409,11 @@ class Session(Channel):
 
     def _encode(self, packet: Any) -> Tuple[bytes, ...]:
         framing = self.communicator.framing
-        if framing.pack is not None and len(packet) >= SEND_INLINE and type(packet) is bytes:
+        if framing.pack is not None and type(packet) is bytes and len(packet) >= SEND_INLINE:
             return framing.header_of(len(packet)), packet       # beside it: copying 1 MiB takes 36 us
-        return framing.encode(packet),
+        data = framing.encode(packet)
+        # What is no bytes would be found only at the flush, where nobody knows any more who has sent it.
+        return data if type(data) is bytes else _octets(data),
 
     def _queue(self, chunks: Tuple[bytes, ...], on_sent: Optional[OnSent]) -> bool:
         worker = self.worker
@@ -4267,7 +4285,7 @@ class Communicator:
 
     def broadcast(self, packet: Any) -> int:
         """Send *packet* to every session; it is encoded once (A7). Returns how many it was queued for."""
-        data = self.framing.encode(packet)
+        data = _octets(self.framing.encode(packet))
         return sum([session.put(data) for session in self.sessions])
 
     def close(self) -> None:

@@ -337,6 +337,24 @@ BAD = {
 }
 
 
+class Says(leviathan.Framing):
+    """Whose parse says the same of whatever comes, and does not look at max_packet itself."""
+
+    max_packet = 100
+
+    def __init__(self, size):
+        self.size = size
+
+    def parse(self, buffer, start, end, seen=0):
+        return self.size
+
+
+BAD["function of a class, negative"] = (Says(-1), b"x")
+BAD["function of a class, over max_packet"] = (Says(101), b"x")
+BAD["function of a class, over max_packet and all there"] = (Says(101), b"x" * 101)
+BAD["function of a class, never knows"] = (Says(0), b"x" * 100)
+
+
 def refuse(view):
     raise FramingError("nonsense")
 
@@ -383,7 +401,8 @@ def test_good_packets_before_the_bad_one_are_handed_on(name):
     (Delimited(b"\n", max_packet=16), b"x" * 15 + b"\n"),
     (Delimited(b"\r\n", max_packet=16), b"x" * 14 + b"\r\n"),
     (Function(lambda view: 100, max_packet=100), b"x" * 100),
-], ids=["prefix", "adjust", "text", "netstring", "line", "crlf", "function"])
+    (Says(100), b"x" * 100),
+], ids=["prefix", "adjust", "text", "netstring", "line", "crlf", "function", "class"])
 def test_a_packet_of_exactly_max_packet_is_allowed(framing, packet):
     assert len(packet) == framing.max_packet
     for drive in (by_split, by_receiver):

@@ -564,11 +564,19 @@ def test_a_packet_larger_than_all_memory_ends_with_pool_exhausted(serve, harness
     assert len([line for line in lines_of(caplog) if peer_text(bad) in line]) == 1
 
 
+class Says(leviathan.Framing):
+    """A framing whose author did not think of what a peer may send: packets begin with their length as text."""
+
+    def parse(self, buffer, start, end, seen=0):
+        head = buffer[start:end].partition(b",")[0]
+        return int(head) if head.lstrip(b"-").isdigit() and head != buffer[start:end] else 0
+
+
 @pytest.mark.parametrize("framing, data", [
     (LengthPrefix(4), b"\xff\xff\xff\xff" + b"x" * 100), (LengthPrefix(8), b"\x7f" + b"\xff" * 7),
     (TextLength(), b"9999999999,x"), (LengthPrefix(2, adjust=-2), b"\0\1"),
-    (lambda view: -5, b"x"), (lambda view: 1 << 40, b"x"),
-], ids=["4 GiB", "8 EiB", "text", "impossible", "negative", "function 1 TiB"])
+    (lambda view: -5, b"x"), (lambda view: 1 << 40, b"x"), (Says(), b"-5,"), (Says(), b"1099511627776,"),
+], ids=["4 GiB", "8 EiB", "text", "impossible", "negative", "function 1 TiB", "class negative", "class 1 TiB"])
 def test_a_bad_length_allocates_nothing(serve, framing, data):
     """DESIGN 4: a length is checked before any buffer is taken."""
     server = serve(framing)
@@ -577,6 +585,28 @@ def test_a_bad_length_allocates_nothing(serve, framing, data):
     assert read_to_end(client) == b""
     assert server.ended.wait()[0][1] is Reason.PROTOCOL
     assert list(server.manager.statistics()["classes"]) == ([INBOX] if INBOX else [])
+
+
+def test_a_framing_that_never_knows_a_length_costs_no_more_than_max_packet(serve):
+    """A peer that never ends its packet is refused, though the framing itself never says no."""
+    server = serve(Says())
+    good, bad = server.client(), server.client()
+    with pytest.raises(OSError):
+        for _ in range(64):
+            bad.sendall(b"x" * (1 << 20))
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.PROTOCOL and "max_packet" in str(error)
+    assert max(server.manager.statistics()["classes"]) <= 2 * leviathan.MAX_PACKET
+    good.sendall(b"7,alive")
+    assert read_exactly(good, 7) == b"7,alive"
+
+
+def test_a_bad_length_behind_a_packet_that_pauses_allocates_nothing_for_it(serve):
+    """What is left of a receive then waits for `resume` in a buffer of its own size, not of the one that it asks for."""
+    server = serve(Says(), on_packet=lambda session, packet: session.pause())
+    server.client().sendall(b"3,x536870912,")
+    assert server.ended.wait()[0][1] is Reason.PROTOCOL
+    assert max(server.manager.statistics()["classes"], default=0) <= INBOX
 
 
 def test_a_bad_length_that_comes_in_pieces_allocates_only_the_first_buffer(serve, harness):

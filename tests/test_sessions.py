@@ -1,5 +1,6 @@
 """Sessions over real sockets: life, sending, outgoing connections, event queues, stopping (A1 to A8, I3, I6, E2)."""
 import errno
+import json
 import os
 import socket
 import struct
@@ -64,6 +65,51 @@ def test_packets_that_come_byte_by_byte(serve):
     for byte in frame(b"hello") + frame(b"") + frame(b"world"):
         client.sendall(bytes([byte]))
     assert [read_frame(client) for _ in range(3)] == [b"hello", b"", b"world"]
+
+
+class Json(Delimited):
+    """Lines that carry any value; *encode* takes what has no len(), too."""
+
+    def split(self, buffer, start, end, seen=0):
+        return leviathan.Framing.split(self, buffer, start, end, seen)
+
+    def decode(self, buffer, start, stop):
+        return json.loads(super().decode(buffer, start, stop).decode())
+
+    def encode(self, packet):
+        text = json.dumps(packet)
+        return text + "\r\n" if packet == "forgotten" else super().encode(text.encode())
+
+
+@pytest.mark.parametrize("where", ["handler", "other thread"])
+def test_a_framing_of_ones_own_may_carry_any_object(serve, where):
+    """A7: what is sent is the framing's to know; send asks no more of it."""
+    server = serve(Json(), on_packet=lambda session, packet: session.send(packet))
+    client = server.client()
+    for value in (b"7", b"null", b"1.5", b"[1, 2]", b'"text"', b"true"):
+        if where == "handler":
+            client.sendall(value + b"\r\n")
+        else:
+            session, = eventually(lambda: list(server.communicator.sessions))
+            assert session.send(json.loads(value.decode()))
+        assert read_exactly(client, len(value) + 2) == value + b"\r\n"
+
+
+def test_a_framing_that_encodes_to_no_bytes_is_told_where_it_sends(serve):
+    """Who has forgotten .encode() gets the TypeError at his send, and the queue's other sessions notice nothing."""
+    server = serve(Json(), on_packet=lambda session, packet: [session.send(packet) for _ in range(2)])
+    good, bad = server.client(), server.client()
+    bad.sendall(b'1\r\n"forgotten"\r\n')
+    assert read_to_end(bad) == b"1\r\n1\r\n"
+    (_, reason, error), = server.ended.wait()
+    assert reason is Reason.ERROR and isinstance(error, TypeError)
+    with pytest.raises(TypeError):
+        server.communicator.broadcast("forgotten")
+    session, = server.communicator.sessions
+    with pytest.raises(TypeError):
+        session.send("forgotten")
+    good.sendall(b"2\r\n")
+    assert read_exactly(good, 6) == b"2\r\n2\r\n"
 
 
 @pytest.mark.parametrize("framing, sent, got", [
