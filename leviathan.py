@@ -75,6 +75,7 @@ SEND_INLINE = 1 << 14           # a larger packet is queued beside its header in
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
 REPORT_PAUSE = 60.0             # seconds in which a limit that is reached again and again is one line in the log
 STOP_TIMEOUT = 10.0             # seconds that a stop lets queued bytes leave
+FOREVER = float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class Framing:
         while start < end:
             size = self.parse(buffer, start, end, seen)
             if not 0 < size <= limit:
-                self._check_size(size, end - start)
+                self._check_length(size, end - start)
                 return
             stop = start + size
             if stop > end:
@@ -246,10 +247,10 @@ class Framing:
         """What `parse` says, for a session that keeps an incomplete packet; a StatefulFraming may know more."""
         size = self.parse(buffer, start, end, seen)
         if not 0 < size <= self.max_packet:
-            self._check_size(size, end - start)
+            self._check_length(size, end - start)
         return size
 
-    def _check_size(self, size: int, have: int) -> None:
+    def _check_length(self, size: int, have: int) -> None:
         """FramingError for a length that no packet may have, *have* bytes of which are there; 0: not known yet."""
         if size < 0:
             raise FramingError("%s.parse() returned the length %d" % (type(self).__name__, size))
@@ -282,6 +283,10 @@ class StatefulFraming(Framing):
 
         True: not yet. The framing still owes it something, and ends the session itself.
         """
+        return False
+
+    def owes(self, session: Session) -> bool:
+        """The peer waits for us, so that its silence is neither idle nor slow. Asked when its time is over, all is sent."""
         return False
 
     def ended(self, session: Session) -> Optional[bool]:
@@ -840,7 +845,10 @@ class Request:
         has ended. Raises ValueError if it is answered already, and for what cannot be sent.
         """
         session = self.session
-        done = self._http().answer(session, self, response, on_sent, session.owner._is_owned())
+        http, own = self._http(), session.owner._is_owned()
+        if own and session.protocol.current is not self:
+            session.last = time.monotonic()             # it was no idle peer that we let wait
+        done = http.answer(session, self, response, on_sent, own)
         if done is None:
             raise ValueError("%r is answered already" % self)
         return done
@@ -1069,10 +1077,17 @@ class Http(StatefulFraming):
             status, reason = 413, Reason.ERROR
         elif isinstance(error, TimeoutError):
             status, reason = 408, Reason.TIMEOUT
-            if exchange.due or not session.filled:      # it waits for us; or it is only idle, which needs no answer
-                session.last = time.monotonic()         # while we owe it something it is not idle
-                return bool(exchange.pending)
+            if not session.filled:          # it is only idle, which needs no answer
+                return False
         return self._give_up(session, status, reason, error)
+
+    def owes(self, session: Session) -> bool:
+        """See StatefulFraming.owes: an answer, or the 100 Continue that comes behind it."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if self.client:
+            return False
+        with exchange.lock:
+            return exchange.due or bool(exchange.pending) and not session.filled
 
     def _give_up(self, session: Session, status: int, reason: Reason, error: BaseException) -> bool:
         """Queue an error's answer behind all others, and parse no more."""
@@ -1271,10 +1286,7 @@ class Http(StatefulFraming):
                 return
         if not pending:
             if exchange.due:
-                exchange.due = False
-                exchange.calm = not (exchange.held or exchange.eof)
-                session._queue((b"HTTP/1.1 100 Continue\r\n\r\n",), None)
-                session.communicator.queue.engine.run_on_owner(session, self._restart_deadline, session)
+                session.communicator.queue.engine.run_on_owner(session, self._ask, session)
             if exchange.eof:
                 self._finish(session, exchange)
         if exchange.held and len(pending) <= self.max_pipelined // 2:
@@ -1283,10 +1295,17 @@ class Http(StatefulFraming):
             session.resume_for(PAUSED_PIPELINED)
 
     @staticmethod
-    def _restart_deadline(session: Session) -> None:
-        """It was we who let the body wait."""
-        if session.since:
-            session.since = time.monotonic()
+    def _ask(session: Session) -> None:
+        """All that comes before a body is answered: ask for it. On the session's thread, where its deadline is looked at."""
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        with exchange.lock:
+            if not exchange.due:            # it did not wait; or it will not be read
+                return
+            exchange.due = False
+            exchange.calm = not (exchange.held or exchange.eof)
+            if session.since:
+                session.since = time.monotonic()
+            session._queue((b"HTTP/1.1 100 Continue\r\n\r\n",), None)
 
     def _finish(self, session: Session, exchange: _Exchange) -> None:
         """The last answer is queued: close behind it. The lock is held."""
@@ -1631,7 +1650,10 @@ class Http(StatefulFraming):
 
     def need(self, session: Session, buffer: Any, start: int, end: int, seen: int) -> int:
         """See Framing.need: what the receiver has found out."""
-        return session.protocol.need        # type: ignore[attr-defined,no-any-return]
+        exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
+        if exchange.due:
+            session.since = FOREVER         # the body's deadline begins when it is asked for
+        return exchange.need
 
     def _scan(self, session: Optional[Session], exchange: _Exchange, buffer: Any, start: int, end: int, seen: int) -> int:
         """Where the message that begins at *start* ends; 0 if that is not there yet. Raises HttpError.
@@ -3212,7 +3234,7 @@ class Channel(_Touched):
     paused: int                     # PAUSED_ bits
     interest: int                   # what the epoll watches for
     last: float                     # when something was received last
-    since: float                    # when the incomplete packet's first byte came; 0: there is none
+    since: float                    # when the incomplete packet's first byte came; 0: there is none; FOREVER: it is not late
     received: Callable[[Session, Any, int], None]       # the framing's receiver; a TLS layer would go in here
     state: State
     reason: Optional[Reason]
@@ -3815,7 +3837,7 @@ class _Core:
     def on_resumed(session: Session) -> None:
         """A pause is over: handle what has been received before it."""
         if session.since:
-            session.since = time.monotonic()
+            session.since = max(session.since, time.monotonic())
         if session.partial is not None and not session.filled < session.need:
             session.received(session, session.partial.array, session.filled)
 
@@ -4384,17 +4406,33 @@ class Communicator:
                 continue
             if session.paused & (PAUSED_USER | PAUSED_PIPELINED | PAUSED_MEMORY):
                 session.last = now          # it is we who do not read
-            if self.idle_timeout and now - session.last > self.idle_timeout:
-                error = TimeoutError("nothing received for %.3g s" % self.idle_timeout)
-            elif self.packet_timeout and session.since and not session.paused and \
-                    now - session.since > self.packet_timeout:
-                error = TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
-            else:
+            error = self._late(session, now)
+            if error is None:
                 continue
-            if isinstance(session, StatefulSession) and not session.backlog:
-                session._on_owner(_end_telling, session, Reason.TIMEOUT, error)
+            if isinstance(session, StatefulSession):
+                session._on_owner(self._end_late, session)
             else:
                 session.end(not session.backlog, Reason.TIMEOUT, error)
+
+    def _late(self, session: Session, now: float) -> Optional[TimeoutError]:
+        """Why a session's time is over; None: it is not."""
+        if self.idle_timeout and now - session.last > self.idle_timeout:
+            return TimeoutError("nothing received for %.3g s" % self.idle_timeout)
+        if self.packet_timeout and session.since and not session.paused and now - session.since > self.packet_timeout:
+            return TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
+        return None
+
+    def _end_late(self, session: StatefulSession) -> None:
+        """On the session's thread: end it, unless it is we who are late, or something has happened meanwhile."""
+        if not session.is_open() or not session.backlog and session.stateful.owes(session):
+            return
+        error = self._late(session, time.monotonic())       # behind `owes`: who answers notes the time before that changes
+        if error is None:
+            return
+        if session.backlog:
+            session.end(False, Reason.TIMEOUT, error)
+        else:
+            _end_telling(session, Reason.TIMEOUT, error)
 
 
 class Connector:

@@ -1207,7 +1207,7 @@ class Worker:
         if session.link.receiving:
             # Armed before the pause: the RecvBuf is the system's until that completes, and what is in it has been looked
             # at. Whoever parsed it again might give it back (an Http that reads no more does).
-            session.since = session.since and monotonic()
+            session.since = session.since and max(session.since, monotonic())
             return
         try:
             self.core.on_resumed(session)

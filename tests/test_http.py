@@ -46,6 +46,7 @@ class FakeEngine:
         pass
 
     def run_on_owner(self, session, function, *args):
+        session.mail.append((function, args))
         return True
 
 
@@ -92,6 +93,8 @@ class Driven(leviathan.StatefulSession):
         self.peer = ("127.0.0.1", 80)
         self.out = []
         self.direct = False
+        self.since = self.last = 0.0
+        self.mail = []
         self.sent = b""
         self.packets = []
         self.errors = []
@@ -123,13 +126,19 @@ class Driven(leviathan.StatefulSession):
         self.receive(self, data, len(data))
         return self
 
+    def read_mail(self):
+        """What its thread does between two receives."""
+        while self.mail:
+            function, args = self.mail.pop(0)
+            function(*args)
+
     @property
     def status(self):
         """Of the last answer."""
         return int(re.findall(rb"HTTP/1.1 (\d{3})", self.sent)[-1])
 
 
-for extra in ("sent", "packets", "errors", "kept", "ended", "receive"):
+for extra in ("mail", "sent", "packets", "errors", "kept", "ended", "receive"):
     assert not hasattr(leviathan.StatefulSession, extra)
 
 
@@ -496,6 +505,7 @@ def test_100_continue_comes_behind_the_answers_that_are_owed():
     driven.feed(GET + POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
     assert driven.sent == b""
     requests[0].reply(b"1")
+    driven.read_mail()
     assert re.findall(rb"HTTP/1.1 (\d+)", driven.sent) == [b"200", b"100"]
     driven.feed(b"abc")
     requests[1].reply(b"2")
@@ -505,6 +515,16 @@ def test_100_continue_comes_behind_the_answers_that_are_owed():
     driven.feed(GET + POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n").feed(b"abc")
     driven.sent = b""
     requests[0].reply(b"1")
+    requests[1].reply(b"2")
+    driven.read_mail()
+    assert re.findall(rb"HTTP/1.1 (\d+)", driven.sent) == [b"200", b"200"]
+    # Nor one who does not wait while it is on its way.
+    requests.clear()
+    driven.feed(GET + POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    driven.sent = b""
+    requests[0].reply(b"1")
+    driven.feed(b"abc")
+    driven.read_mail()
     requests[1].reply(b"2")
     assert re.findall(rb"HTTP/1.1 (\d+)", driven.sent) == [b"200", b"200"]
 
@@ -1480,6 +1500,78 @@ def test_the_deadline_of_a_body_begins_when_we_ask_for_it(serve):
     client.sendall(b"abc")
     requests.wait(2)[1].reply(b"second")
     assert response_of(client)[0] == 200
+
+
+def on_its_thread(session, function):
+    """Call it there, in one piece: what it posts comes afterwards. Then what was posted by that is done, too."""
+    done = Log()
+    engine = session.communicator.queue.engine
+    engine.run_on_owner(session, function)
+    engine.run_on_owner(session, engine.run_on_owner, session, done.add, True)
+    done.wait()
+
+
+def test_a_timer_that_looks_before_we_have_asked_for_the_body_does_not_find_it_slow(serve):
+    """The 100 Continue and the restart of the deadline are one step for whoever looks at that deadline."""
+    server, client, session, requests = expecting(serve)
+    silence(server, session, look=False)
+    first, = requests.wait()
+
+    def answer_and_look():
+        assert first.reply(b"first")
+        server.communicator._sweep()
+
+    on_its_thread(session, answer_and_look)
+    assert response_of(client)[2] == b"first"
+    assert read_exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.sendall(b"abc")
+    requests.wait(2)[1].reply(b"second")
+    assert response_of(client)[2] == b"second"
+
+
+def test_an_answer_that_leaves_while_its_connection_is_found_idle_keeps_it_open(serve):
+    """It was silent because it had no answer, and for that alone it is not closed right behind it."""
+    requests = Log()
+    server = serve(Http(), lambda session, request: requests.add(request), **PATIENT)
+    client, session = server.pair()
+    client.sendall(GET)
+    first, = requests.wait()
+    silence(server, session, look=False)
+
+    def answer_and_look():
+        assert first.reply(b"first")
+        server.communicator._sweep()
+
+    on_its_thread(session, answer_and_look)
+    assert response_of(client)[2] == b"first"
+    client.sendall(GET)
+    requests.wait(2)[1].reply(b"second")
+    assert response_of(client)[2] == b"second"
+
+
+def test_what_came_between_the_timer_and_the_sessions_thread_counts(serve):
+    """A timer may look on another thread than the session's: there it is looked at again before the session ends."""
+    requests = Log()
+    server = serve(Http(), lambda session, request: requests.add(request), **PATIENT)
+    client, session = server.pair()
+    client.sendall(POST + b"Content-Length: 3\r\n\r\n")
+    eventually(lambda: session.since)
+    held, looked = threading.Event(), threading.Event()
+
+    def hold():
+        held.set()
+        assert looked.wait(DEADLINE)
+        session.since = session.last = time.monotonic()             # as if more had been received
+
+    session.communicator.queue.engine.run_on_owner(session, hold)
+    assert held.wait(DEADLINE)
+    session.since = session.last = time.monotonic() - 2000
+    server.communicator._sweep()
+    looked.set()
+    on_its_thread(session, lambda: None)
+    client.sendall(b"abc")
+    requests.wait()[0].reply(b"in time")
+    assert response_of(client)[2] == b"in time"
 
 
 def test_who_is_asked_for_his_body_and_does_not_send_it_is_slow(serve):
