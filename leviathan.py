@@ -950,7 +950,8 @@ class ResponseStream:
         if error is None:
             self.close()
         else:
-            self._closed = True
+            with self._lock:
+                self._closed = True
             self.request.session.abort()
 
 
