@@ -55,6 +55,7 @@ import sys
 import termios
 import threading
 from collections import deque
+from ctypes import addressof, memmove
 from time import monotonic
 
 TYPE_CHECKING = False
@@ -1032,7 +1033,7 @@ class Worker:
             else:
                 space = min(len(session.room), space)
                 count = session.socket.recv_into(self.scratch, space)
-                session.room[:count] = self.scratch[:count]
+                memmove(addressof(partial.array) + session.filled, addressof(self.scratch), count)
         except OSError as error:
             self._receive_failed(session, error)
             return

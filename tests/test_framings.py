@@ -1,4 +1,5 @@
 """Framings on bytes alone (H1, H2, H4): no socket, no thread."""
+import ctypes
 import random
 import socket
 import struct
@@ -248,6 +249,20 @@ def test_a_view_of_memory_will_do_as_buffer(framing):
     array[:len(stream)] = stream
     packets = [packet for packet, _ in framing.split(array, 0, len(stream))]
     assert packets == [expected(framing, content) for content in contents_for(framing)]
+
+
+def test_slices_of_a_buffer_are_those_of_bytes():
+    """PyPy's buffers take their slices in a way of their own; it is tried on every Python."""
+    data = bytes(range(16))
+    array = type("Sliced", (leviathan._Sliced, ctypes.c_char * 16), {}).from_buffer_copy(data)
+    bounds = [None, *range(-18, 19)]
+    for start in bounds:
+        for stop in bounds:
+            assert array[start:stop] == data[start:stop]
+    assert array[::2] == data[::2] and array[10:2:-1] == data[10:2:-1] and array[15] == data[15:]
+    with pytest.raises(IndexError):
+        array[16]
+    assert type(leviathan._ARRAYS[4]()[0:4]) is bytes and memoryview(array).nbytes == 16
 
 
 @every_framing
