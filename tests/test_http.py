@@ -1511,18 +1511,22 @@ def on_its_thread(session, function):
     done.wait()
 
 
+def answer_and_look(server, client, session, request):
+    """The timer looks on the session's thread, right behind an answer and before anything that the answer has posted."""
+    def both():
+        assert request.reply(b"first")
+        server.communicator._sweep()
+
+    on_its_thread(session, both)
+    assert response_of(client)[2] == b"first"
+
+
 def test_a_timer_that_looks_before_we_have_asked_for_the_body_does_not_find_it_slow(serve):
     """The 100 Continue and the restart of the deadline are one step for whoever looks at that deadline."""
     server, client, session, requests = expecting(serve)
     silence(server, session, look=False)
     first, = requests.wait()
-
-    def answer_and_look():
-        assert first.reply(b"first")
-        server.communicator._sweep()
-
-    on_its_thread(session, answer_and_look)
-    assert response_of(client)[2] == b"first"
+    answer_and_look(server, client, session, first)
     assert read_exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.sendall(b"abc")
     requests.wait(2)[1].reply(b"second")
@@ -1537,13 +1541,7 @@ def test_an_answer_that_leaves_while_its_connection_is_found_idle_keeps_it_open(
     client.sendall(GET)
     first, = requests.wait()
     silence(server, session, look=False)
-
-    def answer_and_look():
-        assert first.reply(b"first")
-        server.communicator._sweep()
-
-    on_its_thread(session, answer_and_look)
-    assert response_of(client)[2] == b"first"
+    answer_and_look(server, client, session, first)
     client.sendall(GET)
     requests.wait(2)[1].reply(b"second")
     assert response_of(client)[2] == b"second"
