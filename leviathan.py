@@ -1223,9 +1223,10 @@ class Http(StatefulFraming):
                     if alone:
                         request._state = _ANSWERED
                         pending.clear()
-                # Only this thread adds requests, so nobody can come in between.
+                # Only this thread adds requests, so nobody can come in between. But another thread may have answered the
+                # request before this one, and its answer be in the mail: `put` asks whose the session is now.
                 if alone:
-                    return session.put(data, None, True)
+                    return session.put(data)
                 return self.emit(session, request, (data,), _ANSWERED, False, None)
         chunks, state, closes = self._encode_answer(head, packet)
         return self.emit(session, request, chunks, state, closes, on_sent)
@@ -3421,7 +3422,7 @@ class Session(Channel):
         self._on_owner(self._pause_for, PAUSED_USER)
 
     def resume(self) -> None:
-        """Receive again after `pause`."""
+        """Receive again after `pause`; of the two, the last one counts."""
         self.resume_for(PAUSED_USER)
 
     # -- any thread: leviathan's ----------------------------------------------------------------------------------
@@ -3487,9 +3488,8 @@ class Session(Channel):
             engine.run_on_owner(self, function, *args)
 
     def resume_for(self, bit: int) -> None:
-        """Take one cause of a pause away."""
-        if self.worker is not None:
-            self.communicator.queue.engine.run_on_owner(self, self._resume_for, bit)
+        """Take one cause of a pause away. What follows from that comes by the mail, behind the handler that runs now."""
+        self._on_owner(self._resume_for, bit)
 
     # -- owner thread ---------------------------------------------------------------------------------------------
 
@@ -3658,9 +3658,11 @@ def _guarded(session: Session, function: Callable[..., Any], *args: Any) -> None
 
 def _failed(session: Session, error: BaseException) -> None:
     """Something raised while a session's input was handled: log one line, end that session."""
-    if session.reason is not None:
-        return
     peer = _address_text(session.peer)
+    if session.reason is not None:
+        if not isinstance(error, FramingError):         # what was received behind its end is nobody's
+            _log().error("a callback failed for %s, which is ending", peer, exc_info=error)
+        return
     if isinstance(error, FramingError):
         _log().warning("%s broke the protocol: %s; closing it", peer, error)
         _end_telling(session, Reason.PROTOCOL, error)
@@ -4385,10 +4387,18 @@ class Communicator:
                 return None
         index = self.manager.take_slot(listener)
         if index is None and listener is not None:
-            with sessions._lock:
-                sessions._clients -= 1
+            self._client_less()             # another listener may have met the limit by the one that is not taken
             self._report_full(self.manager.max_sessions)
         return index
+
+    def _client_less(self) -> None:
+        """There is room for one client more: listeners that waited for it accept again."""
+        sessions = self.sessions
+        with sessions._lock:
+            sessions._clients -= 1
+            waiting, sessions._waiting = sessions._waiting, []
+        for listener in waiting:
+            listener.rearm()
 
     def _report_full(self, limit: Optional[int]) -> None:
         now = time.monotonic()
@@ -4402,14 +4412,9 @@ class Communicator:
 
     def _give_slot(self, index: int, client: bool) -> None:
         """Return a slot; listeners that waited for it accept again."""
-        sessions = self.sessions
         self.manager.give_slot(index)
-        with sessions._lock:
-            if client:
-                sessions._clients -= 1
-            waiting, sessions._waiting = sessions._waiting, []
-        for listener in waiting:
-            listener.rearm()
+        if client:
+            self._client_less()
         if self.closing:
             _closings.check()
 
@@ -4427,32 +4432,35 @@ class Communicator:
         for session in self.sessions:
             if session.state is not State.OPEN or not session.last:
                 continue
-            if session.paused & (PAUSED_USER | PAUSED_PIPELINED | PAUSED_MEMORY):
-                session.last = now          # it is we who do not read
-            error = self._late(session, now)
-            if error is None:
-                continue
-            if isinstance(session, StatefulSession):
+            if session.paused & (PAUSED_USER | PAUSED_PIPELINED | PAUSED_MEMORY | PAUSED_ENDED):
+                session.last = now          # it is we who do not read, or there is nothing more to read
+            if self._late(session, now) is not None:
                 session._on_owner(self._end_late, session)
-            else:
-                session.end(not session.backlog, Reason.TIMEOUT, error)
 
     def _late(self, session: Session, now: float) -> Optional[TimeoutError]:
         """Why a session's time is over; None: it is not."""
         if self.idle_timeout and now - session.last > self.idle_timeout:
             return TimeoutError("nothing received for %.3g s" % self.idle_timeout)
-        if self.packet_timeout and session.since and not session.paused and now - session.since > self.packet_timeout:
+        since = session.since               # its thread may set it to 0 meanwhile
+        if self.packet_timeout and since and not session.paused and now - since > self.packet_timeout:
             return TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
         return None
 
-    def _end_late(self, session: StatefulSession) -> None:
-        """On the session's thread: end it, unless it is we who are late, or something has happened meanwhile."""
-        if not session.is_open() or not session.backlog and session.stateful.owes(session):
+    def _end_late(self, session: Session, looks: int = 2) -> None:
+        """On the session's thread: end it, unless it is we who are late, or something has happened meanwhile.
+
+        It is looked at in three turns of that thread: what came while the thread was busy is received between them.
+        """
+        if not session.is_open():
+            return
+        if isinstance(session, StatefulSession) and not session.backlog and session.stateful.owes(session):
             return
         error = self._late(session, time.monotonic())       # behind `owes`: who answers notes the time before that changes
         if error is None:
             return
-        if session.backlog:
+        if looks:
+            self.queue.engine.run_on_owner(session, self._end_late, session, looks - 1)
+        elif session.backlog:
             session.end(False, Reason.TIMEOUT, error)
         else:
             _end_telling(session, Reason.TIMEOUT, error)
@@ -4520,7 +4528,8 @@ class Connector:
             if self.session is not None:
                 return self.session
             if self._gone:
-                raise ConnectionError("cannot connect to %s: %s" % (_address_text(self.address), self.error))
+                raise ConnectionError("cannot connect to %s: %s" % (_address_text(self.address),
+                                                                    self.error or "it was given up"))
         raise TimeoutError("no connection to %s after %s s" % (_address_text(self.address), timeout))
 
     def close(self) -> None:
@@ -4599,7 +4608,8 @@ class Connector:
         if self.tag is not None:
             session.tag = self.tag
         with self._changed:
-            self._dialling = session
+            if number == self._attempts and not self._gone:     # else its end is nobody's, see `_closed`
+                self._dialling = session
         communicator.sessions._add(session)
         communicator.queue.engine.connect(session, found[0], found[1], self.thread)
         with self._changed:
@@ -4629,9 +4639,9 @@ class Connector:
     def _established(self, session: Session) -> bool:
         """A completion: connected. False when nobody wants it any more."""
         with self._changed:
-            self._dialling = None
-            if self._gone:
+            if self._gone or self._dialling is not session:
                 return False
+            self._dialling = None
             self.session, self.error = session, None
             self._pause, self._reported = self.first, False
             timer, self._timer = self._timer, None
@@ -4644,6 +4654,8 @@ class Connector:
         """A completion: its session, or an attempt, has ended."""
         with self._changed:
             was_up = self.session is session
+            if not (was_up or self._dialling is session):
+                return                      # of an attempt whose failure was told before: the timeout was faster
             self.session = self._dialling = None
             number = self._attempts
         if was_up:

@@ -463,19 +463,24 @@ class Engine:
                 heapq.heapify(self.timers)
                 self.cancelled = 0
 
-    def take_due(self, now: float) -> List[Timer]:
-        """The timers that are due, TIMER_BUDGET at most; each is given to one worker only."""
-        due: List[Timer] = []
+    def take_due(self, now: float) -> Optional[Tuple[Timer, Callable[..., Any], Tuple[Any, ...]]]:
+        """The first timer that is due, for one worker only, its function and arguments. None: there is none.
+
+        One at a time: if this one's function waits, the next is taken by another worker.
+        """
+        found = None
         with self.lock:
-            while self.timers and self.timers[0].when <= now and len(due) < TIMER_BUDGET:
+            while not found and self.timers and self.timers[0].when <= now:
                 timer = heapq.heappop(self.timers)
                 timer.queued = False
                 if timer.function is None:
                     self.cancelled -= 1
-                else:
-                    due.append(timer)
+                    continue
+                found = timer, timer.function, timer.args
+                if not timer.interval:
+                    timer.function = None
             self.due = self.timers[0].when if self.timers else FOREVER
-        return due
+        return found
 
     def choose(self, thread: Optional[int]) -> Worker:
         """The worker a new socket goes to: the one asked for, else the next in turn (E2)."""
@@ -573,7 +578,7 @@ class Worker:
             if self.stopped or session.fin or not session.is_open():
                 return False
             waiting = session.posted + session.unsent
-            if waiting and waiting + size > session.send_limit:
+            if waiting > session.low_water and waiting + size > session.send_limit:      # as in _check_limits
                 self.mail.append((self.overflow, (session,)))
                 self._signal()
                 return False
@@ -813,13 +818,11 @@ class Worker:
                 engine.wakeup.signal()
 
     def _run_timers(self, now: float) -> None:
-        for timer in self.engine.take_due(now):
-            with self.engine.lock:
-                function, args = timer.function, timer.args
-                if not timer.interval:
-                    timer.function = None
-            if function is None:
-                continue                    # cancelled by one that was due before it
+        for _ in range(TIMER_BUDGET):
+            due = self.engine.take_due(now)
+            if due is None:
+                return
+            timer, function, args = due
             self.events += 1
             self._call(function, args)
             if timer.interval:
@@ -949,7 +952,7 @@ class Worker:
 
     def _established(self, session: Any) -> None:
         """Connected and on its own thread: on_connected comes first, then the first receive is armed."""
-        session.last = self.now
+        session.last = monotonic()          # what came before it in this batch may have taken long
         session.owner = self.mine
         session.dirty, session.tally = self.dirty, self.tally
         self.connected += 1
@@ -1124,7 +1127,6 @@ class Worker:
             # The fast path of Session.send does not count: what it has queued since is counted now, and only that.
             session.unsent += sum(map(len, out[session.counted:] if session.unsent else out))
         session.direct = False              # this comes first
-        before = session.unsent
         if size or not out:
             out.extend(chunks)
         session.unsent += size
@@ -1133,17 +1135,18 @@ class Worker:
             session.mark(on_sent)
         if session.unsent > session.high_water:
             self._send_now(session)         # perhaps the kernel takes it all
-            self._check_limits(session, before)
+            self._check_limits(session, size)
 
     def flush_early(self, session: Any) -> None:
         """A handler has queued so much that the first part of it should leave."""
         self._send_now(session)
 
-    def _check_limits(self, session: Any, before: int) -> None:
-        """The kernel does not take what is queued: pause above the high-water mark, give up at the hard limit."""
+    def _check_limits(self, session: Any, size: int) -> None:
+        """The kernel does not take what is queued, the last *size* bytes of it now: pause, or give up at the hard limit."""
         if not session.is_open():
             return
-        if session.unsent > session.send_limit and before:      # one packet of any size is let through
+        # One packet of any size is let through, behind what a handler that was resumed may find unsent.
+        if session.unsent > session.send_limit and session.unsent - size > session.low_water:
             self.overflow(session)
         elif session.unsent > session.high_water:
             session.congested()
@@ -1228,7 +1231,7 @@ class Worker:
         if sent and session.marks is not None:
             self._progress(session, sent)
         self._begin_send(session, data, sent)
-        self._check_limits(session, 0)
+        self._check_limits(session, session.unsent)
 
     def _begin_send(self, session: Any, data: bytes, sent: int) -> None:
         """The rest of *data* becomes the session's outstanding send; from here on every queued byte is counted."""

@@ -692,19 +692,24 @@ class Engine:
                 heapq.heapify(self.timers)
                 self.cancelled = 0
 
-    def take_due(self, now: float) -> List[Timer]:
-        """The timers that are due, TIMER_BUDGET at most; each is given to one worker only."""
-        due: List[Timer] = []
+    def take_due(self, now: float) -> Optional[Tuple[Timer, Callable[..., Any], Tuple[Any, ...]]]:
+        """The first timer that is due, for one worker only, its function and arguments. None: there is none.
+
+        One at a time: if this one's function waits, the next is taken by another worker.
+        """
+        found = None
         with self.lock:
-            while self.timers and self.timers[0].when <= now and len(due) < TIMER_BUDGET:
+            while not found and self.timers and self.timers[0].when <= now:
                 timer = heapq.heappop(self.timers)
                 timer.queued = False
                 if timer.function is None:
                     self.cancelled -= 1
-                else:
-                    due.append(timer)
+                    continue
+                found = timer, timer.function, timer.args
+                if not timer.interval:
+                    timer.function = None
             self.due = self.timers[0].when if self.timers else FOREVER
-        return due
+        return found
 
     def choose(self, thread: Optional[int]) -> Worker:
         """A worker to begin with; on a completion port any of them serves any socket, so *thread* pins nothing."""
@@ -864,16 +869,13 @@ class Worker:
             self.core.on_failed(function, error)
 
     def _run_timers(self, now: float) -> None:
-        due = self.engine.take_due(now)
-        if due and len(self.engine.workers) > 1:
-            self._call(self._keep_time, ())         # for the next one, while these run
-        for timer in due:
-            with self.engine.lock:
-                function, args = timer.function, timer.args
-                if not timer.interval:
-                    timer.function = None
-            if function is None:
-                continue                    # cancelled by one that was due before it
+        for _ in range(TIMER_BUDGET):
+            due = self.engine.take_due(now)
+            if due is None:
+                return
+            if len(self.engine.workers) > 1:
+                self._call(self._keep_time, ())         # for the next one, while this runs
+            timer, function, args = due
             self.events += 1
             self._call(function, args)
             if timer.interval:
@@ -1086,7 +1088,7 @@ class Worker:
 
     def _established(self, session: Any) -> None:
         """Connected: on_connected comes first, then `_settle` arms the first receive."""
-        session.last = self.now
+        session.last = monotonic()          # what came before it in this batch may have taken long
         with self.engine.lock:
             self.engine.connected += 1
         with session.link.lock:
@@ -1227,7 +1229,8 @@ class Worker:
             if not session.is_open() or session.fin:
                 return False
             before = session.unsent
-            if before and before + size > session.send_limit:       # one packet of any size is let through
+            # One packet of any size is let through, behind what a handler that was resumed may find unsent.
+            if before > session.low_water and before + size > session.send_limit:
                 self.engine.run_on_owner(session, self.overflow, session)
                 return False
             session.out.extend(chunks)
@@ -1287,13 +1290,14 @@ class Worker:
             code = api.last_error()
             if code != IO_PENDING:
                 del self.engine.pending[operation.address]
-                session.sending = None
-                # Buffers go back, and the session ends, outside of the lock.
+                # It stays outstanding until the session has ended: what others queue meanwhile must not be sent without it.
                 self.engine.run_on_owner(session, self._send_failed, session, sending, failure("WSASend", code))
 
     def _send_failed(self, session: Any, sending: Any, error: OSError) -> None:
-        self.core.end_send(sending)
         self.close_session(session, False, None, error)
+        self.core.end_send(sending)         # before anybody may see that nothing is outstanding
+        with session.link.lock:
+            session.sending = None
 
     def _sent(self, operation: Overlapped, transferred: int) -> None:
         """A completion, on any thread: count it, and start the next send with all that was queued meanwhile (I4)."""
@@ -1312,18 +1316,19 @@ class Worker:
             if not code and sending.done < sending.wanted and not session.aborted:
                 self._transmit(session, operation.keep[1])          # WSASend takes all of it as a rule
                 return
+        if code:
+            self._serve(session, self._send_failed, session, sending, failure("WSASend", code))
+            return
         self.core.end_send(sending)         # before anybody may see that nothing is outstanding
         with link.lock:
             session.sending = None
-            if session.out and not (code or session.aborted):
+            if session.out and not session.aborted:
                 self._send_now(session)
             idle = session.sending is None
             relieved = link.pressed and session.unsent <= session.low_water
             if relieved:
                 link.pressed = False
-        if code:
-            self._serve(session, self.close_session, session, False, None, failure("WSASend", code))
-        elif relieved:
+        if relieved:
             self._serve(session, self._press, session)
         elif idle and (session.fin or not session.is_open()):
             self._serve(session, self._settle, session)
