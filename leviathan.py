@@ -2986,7 +2986,7 @@ class SessionManager:
         self._peak = dict.fromkeys(_ARRAYS, 0)
         self._memory = 0                    # bytes leased
         self._kept = 0                      # bytes of free buffers; both together stay below the limit
-        # {class: {session that needs a RecvBuf of it at the limit: a number that grows with each that comes}}
+        # {bytes that must be free: {session that waits for so many: a number that grows with each that comes}}
         self._waiting: Dict[int, OrderedDict[Session, int]] = {}
         self._arrivals = 0
         self._operations: List[Operation] = []          # free ones
@@ -3007,16 +3007,18 @@ class SessionManager:
             self._free[_power(size)] += [Buffer(_power(size), True) for _ in range(count)]
             self._made[_power(size)] = count
 
-    def lease(self, size: int) -> Optional[Buffer]:
+    def lease(self, size: int, instead: int = 0) -> Optional[Buffer]:
         """A buffer of at least *size* bytes, or None when the memory limit is reached just now.
 
-        Raises PoolExhausted when *size* is over the whole limit or the largest class, so that waiting cannot help.
+        *instead*: bytes of a leased one that goes back as soon as it is copied; if it counted, a packet that grows could have
+        a third of all memory. Raises PoolExhausted when *size* is over the whole limit or the largest class, so that waiting
+        cannot help.
         """
         power = _power(size)
         if power > LARGEST_CLASS or 1 << power > self.memory_limit:
             raise PoolExhausted("a buffer of %d bytes is over the memory limit of %d bytes" % (size, self.memory_limit))
         with self._lock:
-            if self._memory + (1 << power) > self.memory_limit:
+            if self._memory - instead + (1 << power) > self.memory_limit:
                 return None
             buffer = self._claim(power)
         return buffer or Buffer(power, True)
@@ -3068,22 +3070,22 @@ class SessionManager:
         if waits:
             self._wake()
 
-    def wait_for_memory(self, session: Session, size: int) -> None:
-        """Have *session* resumed when a buffer comes back, at once if *size* bytes can be had by now."""
-        power = _power(size)
+    def wait_for_memory(self, session: Session, size: int, instead: int = 0) -> None:
+        """Have *session* resumed when `lease` can give it a buffer, at once if it can by now."""
+        missing = (1 << _power(size)) - instead
         with self._lock:
-            if self._memory + (1 << power) > self.memory_limit:
+            if self._memory + missing > self.memory_limit:
                 self._arrivals += 1
-                self._waiting.setdefault(power, OrderedDict())[session] = self._arrivals
+                self._waiting.setdefault(missing, OrderedDict())[session] = self._arrivals
                 return
         session.resume_for(PAUSED_MEMORY)
 
     def wait_no_more(self, session: Session) -> None:
         """*session* has ended."""
         with self._lock:
-            for power, waiting in list(self._waiting.items()):
+            for missing, waiting in list(self._waiting.items()):
                 if waiting.pop(session, None) and not waiting:
-                    del self._waiting[power]
+                    del self._waiting[missing]
 
     def _wake(self) -> None:
         """Resume the session that has waited longest of those whose buffer can be had now; behind that it wakes the next.
@@ -3092,8 +3094,8 @@ class SessionManager:
         """
         while True:
             with self._lock:
-                found = min([(next(iter(waiting.values())), power) for power, waiting in self._waiting.items()
-                             if self._memory + (1 << power) <= self.memory_limit], default=None)
+                found = min([(next(iter(waiting.values())), missing) for missing, waiting in self._waiting.items()
+                             if self._memory + missing <= self.memory_limit], default=None)
                 if found is None:
                     return
                 waiting = self._waiting[found[1]]
@@ -3695,6 +3697,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         _give_back_partial(session)
         return
     manager = session.communicator.manager
+    held = partial.size if partial is not None and partial.pooled else 0
     if start or not session.since:
         session.since = time.monotonic()
     try:
@@ -3713,7 +3716,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
                 partial.array.raw = partial.array[start:end]
             larger: Optional[Buffer] = partial
         else:
-            larger = manager.lease(size)
+            larger = manager.lease(size, held)
     except BaseException as error:
         if isinstance(error, PoolExhausted):
             _log().warning("%s: %s; closing it", _address_text(session.peer), error)
@@ -3723,7 +3726,11 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         _give_back_partial(session)
         return
     waits = larger is None
-    if larger is None:
+    if larger is None and partial is not None and held:
+        larger = partial                    # it keeps what it has; see _late
+        if start:
+            partial.array.raw = partial.array[start:end]
+    elif larger is None:
         larger = Buffer(_power(max(have, RECV_LEAST)), False)       # no more than one receive's worth for each session
     if larger is not partial:
         larger.array.raw = buffer[start:end]
@@ -3734,7 +3741,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
     if waits:
         session.seen = session.need = 0
         session._pause_for(PAUSED_MEMORY)
-        manager.wait_for_memory(session, size)
+        manager.wait_for_memory(session, size, held)
 
 
 def _give_back_partial(session: Session) -> None:
@@ -4019,7 +4026,8 @@ class EventQueue:
             stuck = [thread for thread in left if now[thread] is not None and now[thread] is before.get(thread)]
             for thread in stuck:
                 frame = now[thread]
-                _log().error("%s (%s:%d) does not return: its thread, %s, stays behind", frame.f_code.co_name,
+                name = _name_of(frame.f_locals["function"]) if _calls_out(frame) else frame.f_code.co_name
+                _log().error("%s (%s:%d) does not return: its thread, %s, stays behind", name,
                              frame.f_code.co_filename, frame.f_lineno, thread.name)
             if stuck:
                 return False
@@ -4076,12 +4084,23 @@ class EventQueue:
 def _callback_of(thread: threading.Thread) -> Any:
     """The frame of what a queue's thread has called outside of leviathan; None if it is not in such a call."""
     frame = sys._current_frames().get(thread.ident or 0)
-    found = None
+    stack: List[Any] = []
     while frame is not None:
-        if frame.f_globals.get("__name__") not in (__name__, _engine.__name__, "threading"):
-            found = frame
-        frame = frame.f_back                # the outermost counts: what leviathan has called itself
-    return found
+        stack.insert(0, frame)
+        frame = frame.f_back
+    while stack and stack[0].f_globals.get("__name__") == "threading":
+        del stack[0]                        # what every thread begins with
+    for frame in stack:
+        if frame.f_globals.get("__name__") not in (__name__, _engine.__name__):
+            return frame                    # the outermost counts: what leviathan has called itself
+    # What is written in C, lock.acquire or time.sleep, has no frame of its own.
+    return stack[-1] if stack and _calls_out(stack[-1]) else None
+
+
+def _calls_out(frame: Any) -> bool:
+    """It is one of leviathan's functions that call `function`, which the user gave."""
+    return frame.f_code.co_name in ("_attempt", "_call", "_guarded") and \
+        frame.f_globals.get("__name__") in (__name__, _engine.__name__)
 
 
 SLOW_HANDLER = 0.1              # seconds: what LEVIATHAN_DEBUG reports
@@ -4441,26 +4460,23 @@ class Communicator:
         """Why a session's time is over; None: it is not."""
         if self.idle_timeout and now - session.last > self.idle_timeout:
             return TimeoutError("nothing received for %.3g s" % self.idle_timeout)
-        since = session.since               # its thread may set it to 0 meanwhile
-        if self.packet_timeout and since and not session.paused and now - since > self.packet_timeout:
+        since, paused, partial = session.since, session.paused, session.partial     # its thread may change them meanwhile
+        if paused == PAUSED_MEMORY and partial is not None and partial.pooled:
+            paused = 0                      # it waits for more than it has; what it has may be what others wait for
+        if self.packet_timeout and since and not paused and now - since > self.packet_timeout:
             return TimeoutError("a packet is not complete after %.3g s" % self.packet_timeout)
         return None
 
-    def _end_late(self, session: Session, looks: int = 2) -> None:
-        """On the session's thread: end it, unless it is we who are late, or something has happened meanwhile.
-
-        It is looked at in three turns of that thread: what came while the thread was busy is received between them.
-        """
-        if not session.is_open():
-            return
+    def _end_late(self, session: Session) -> None:
+        """On the session's thread: end it, unless it is we who are late, or something has happened meanwhile."""
+        if not session.is_open() or not session.paused and self.queue.engine.heard(session):
+            return                          # what came while its thread was busy is received next
         if isinstance(session, StatefulSession) and not session.backlog and session.stateful.owes(session):
             return
         error = self._late(session, time.monotonic())       # behind `owes`: who answers notes the time before that changes
         if error is None:
             return
-        if looks:
-            self.queue.engine.run_on_owner(session, self._end_late, session, looks - 1)
-        elif session.backlog:
+        if session.backlog:
             session.end(False, Reason.TIMEOUT, error)
         else:
             _end_telling(session, Reason.TIMEOUT, error)

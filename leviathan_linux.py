@@ -407,6 +407,14 @@ class Engine:
         """True on one of its threads, which cannot wait for themselves."""
         return any(worker.mine._is_owned() for worker in self.workers)
 
+    def heard(self, session: Any) -> bool:
+        """True when something has come for *session* that was not received yet. On its own thread."""
+        try:
+            session.socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return False                    # nothing; or an error, which receiving will meet as well
+        return True
+
     def owns(self, session: Any) -> bool:
         """True on the thread that owns *session*."""
         return bool(session.worker.mine._is_owned())

@@ -36,6 +36,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import heapq
+import select
 import socket
 import struct
 import sys
@@ -75,6 +76,7 @@ ACCEPT_LATER = frozenset((errno.EMFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONN
 FOREVER = float("inf")
 
 INFINITE = 0xFFFFFFFF
+PENDING = 0x103                         # STATUS_PENDING (ntstatus.h): an operation has not ended
 IO_PENDING = 997                        # ERROR_IO_PENDING: the only error that means "it will complete"
 OPERATION_ABORTED = 995                 # ERROR_OPERATION_ABORTED: cancelled
 CTRL_CLOSE_EVENT = 2                    # wincon.h; 6: shutdown
@@ -624,6 +626,13 @@ class Engine:
         """True on one of its threads, which cannot wait for themselves."""
         return any(worker.ident == threading.get_ident() for worker in self.workers)
 
+    def heard(self, session: Any) -> bool:
+        """True when something has come for *session* that was not received yet. On its own thread."""
+        link = session.link
+        if link.receiving:                  # it has ended, and its packet is on the way
+            return bool(link.receive.record.overlapped.Internal != PENDING)
+        return bool(select.select([session.socket], [], [], 0)[0])
+
     def owns(self, session: Any) -> bool:
         """True on the thread that owns *session*."""
         return bool(threading.get_ident() == session.link.owner)
@@ -1125,6 +1134,7 @@ class Worker:
         buffer.len, buffer.buf = size, address
         operation.keep = partial or link.inbox
         self.engine.pending[operation.address] = operation
+        operation.record.overlapped.Internal = PENDING          # the system writes the same; see Engine.heard
         link.receiving = True
         if api.WSARecv(session.socket.fileno(), operation.buffer, 1, None, operation.flags, operation.address, None):
             code = api.last_error()

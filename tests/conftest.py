@@ -148,6 +148,26 @@ def echo(session, packet):
     session.send(packet)
 
 
+PATIENT = {"idle_timeout": 1000, "packet_timeout": 1000}        # timeouts that no test waits for: see `silence`
+
+
+def silence(server, session, look=True, clocks=("last", "since")):
+    """As if nothing had been heard of a session for longer than its timeouts; then *look* for such, as the timer does."""
+    done = Log()
+
+    def silent():
+        for clock in clocks:
+            if getattr(session, clock):
+                setattr(session, clock, getattr(session, clock) - 2000)
+        if look:
+            server.communicator._sweep()
+
+    engine = server.queue.engine
+    engine.run_on_owner(session, silent)
+    engine.run_on_owner(session, done.add, True)        # behind what that has begun
+    done.wait()
+
+
 class Server:
     """A Communicator that listens and runs, its callbacks noted in `log` as (name, session, ...)."""
 

@@ -1122,6 +1122,14 @@ class EngineContract:
         assert [delay for delay, _ in fired] == sorted(timers, key=lambda delay: timers[delay].when)
         assert all(took >= delay - 1e-6 for delay, took in fired)       # a clock of whole ticks, and floats
 
+    def test_timers_that_are_due_together_do_not_wait_for_each_other(self):
+        """One that waits costs its own thread and nobody else."""
+        queue = self.queue(2)
+        both = threading.Barrier(2, action=lambda: self.record.add("both"))
+        for _ in range(2):
+            queue.engine.call_later(0.02, 0, both.wait, DEADLINE)
+        self.record.wait_for("both")
+
     def test_a_repeated_timer_and_its_cancel(self):
         queue = self.queue(2)
         timer = queue.engine.call_later(0.005, 0.005, self.record.add, "tick")

@@ -14,7 +14,7 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, WINDOWS, WINE, Log, connect, eventually, read_exactly, read_to_end
+from conftest import DEADLINE, PATIENT, WINDOWS, WINE, Log, connect, eventually, read_exactly, read_to_end, silence
 from leviathan import Headers, Http, HttpError, Request, Response
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -1354,25 +1354,6 @@ def test_idle_connections_are_closed_without_a_word_and_owed_answers_are_waited_
     requests.wait()[0].reply(b"late")
     assert response_of(waiting)[2] == b"late"
     assert read_to_end(waiting) == b""
-
-
-PATIENT = {"idle_timeout": 1000, "packet_timeout": 1000}        # timeouts that no test waits for: see `silence`
-
-
-def silence(server, session, look=True, clocks=("last", "since")):
-    """As if nothing had been heard of a session for longer than its timeouts; then *look* for such, as the timer does."""
-    done = Log()
-
-    def silent():
-        for clock in clocks:
-            if getattr(session, clock):
-                setattr(session, clock, getattr(session, clock) - 2000)
-        if look:
-            server.communicator._sweep()
-        server.queue.post(done.add, True)               # behind what that has begun
-
-    server.queue.post(silent)
-    done.wait()
 
 
 @pytest.mark.parametrize("protocol", ["http", "resp"])

@@ -256,6 +256,42 @@ def test_a_system_that_tells_no_tcp_info_only_waits_longer(code):
     Scenario(Plan("WSAIoctl", 1, code, 1000)).check(complete=True)
 
 
+@pytest.mark.parametrize("stage", ["start", "end"])
+def test_what_is_queued_behind_a_send_that_failed_is_not_sent(stage):
+    """The stream must not go on without it while the session's end is in the mail."""
+    inside, release, told, ended = Record(), threading.Event(), [], []
+
+    def hold(session, packet):
+        inside.add("held", session)
+        release.wait(DEADLINE)
+
+    with installed(Plan("WSASend", 2, 10055, stage=stage, at_once=1.0)) as api:
+        queue = leviathan.EventQueue(2, name="fake")
+        queue._made = leviathan_win.Engine(leviathan._Core, "fake", 2)
+        server = leviathan.Communicator(leviathan.FixedSize(1), hold, queue=queue, manager=leviathan.SessionManager(),
+                                        on_disconnect=lambda session, reason, error: ended.append(reason))
+        listener = server.listen(0)
+        queue.start()
+        try:
+            with socket.create_connection(listener.address, DEADLINE) as client:
+                client.sendall(b"x")
+                inside.wait_for("held")
+                session = inside.of("held")[0][1]
+                for number in range(1, 6):
+                    session.send(b"%d" % number, lambda session, ok, number=number: told.append((number, ok)))
+                    inside.wait(lambda: not api.pending("WSASend"), "the end of the send")
+                release.set()
+                inside.wait(lambda: ended, "the session's end")
+                data = b""
+                with contextlib.suppress(ConnectionError):
+                    data = client.recv(100)
+        finally:
+            release.set()
+            stop_in_time(queue)
+    assert data in (b"", b"1") and ended == [leviathan.Reason.ERROR]
+    assert [number for number, ok in told if ok] in ([], [1]) and len(told) == 5
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("threads", [1, 3])
 def test_late_and_shuffled_completions_and_short_sends(threads, seed):

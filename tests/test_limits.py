@@ -11,7 +11,8 @@ import time
 import pytest
 
 import leviathan
-from conftest import DEADLINE, INBOX, Log, connect, eventually, frame, read_exactly, read_frame, read_to_end
+from conftest import (DEADLINE, INBOX, PATIENT, Log, connect, echo, eventually, frame, only_pinned, read_exactly, read_frame,
+                      read_to_end, silence)
 from leviathan import Delimited, LengthPrefix, Reason, TextLength
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,6 +38,25 @@ def limited_by(name, serve, harness):
     if name == "max_clients":
         return serve(max_clients=2, name="leviathan-limited")
     return serve(manager=harness.manager(max_sessions=2), name="leviathan-limited")
+
+
+def test_a_client_that_came_not_to_be_leaves_its_room_to_the_next_listener(serve, harness):
+    """One listener counts a client and then meets SESSION_MAX; another has met CLIENT_SESSION_MAX by that client."""
+    server = serve(max_clients=1, manager=harness.manager(max_sessions=1), start=False)
+    first, second = server.listener, server.communicator.listen(0)
+    woken = []
+    second.rearm = lambda: woken.append(second)
+    take_slot = server.manager.take_slot
+
+    def meanwhile(listener):
+        assert server.communicator._take_slot(second) is None
+        return take_slot(listener)
+
+    held = take_slot(None)                          # of another Communicator
+    server.manager.take_slot = meanwhile
+    assert server.communicator._take_slot(first) is None
+    assert woken == [second]
+    server.manager.give_slot(held)
 
 
 @pytest.mark.parametrize("limit", ["max_clients", "max_sessions"])
@@ -271,6 +291,78 @@ def test_a_slow_sender_is_ended_though_bytes_trickle(serve, framing, head, drip)
     assert 0.14 < time.monotonic() - began < 5.0
 
 
+@only_pinned
+def test_what_came_while_a_thread_was_busy_is_received_before_its_session_is_late(serve):
+    """It is the thread that is late, held up by another session's handler; another thread looks for who is."""
+    inside, release = Log(), threading.Event()
+
+    def on_packet(session, packet):
+        if packet == b"hold":
+            inside.add(session)
+            release.wait(DEADLINE)
+        session.send(packet)
+
+    server = serve(on_packet=on_packet, listen=False, threads=2, **PATIENT)
+    server.listener = server.communicator.listen(0, thread=0, client_thread=0)
+    (slow, session), (other, _) = server.pair(), server.pair()
+    slow.sendall(frame(b"whole")[:5])
+    eventually(lambda: session.since)
+    other.sendall(frame(b"hold"))
+    inside.wait()
+    slow.sendall(frame(b"whole")[5:])
+    session.since -= 2000                   # its thread is held
+    server.communicator._sweep()
+    release.set()
+    assert read_frame(slow) == b"whole"
+    assert serves(slow, b"again")
+    assert len(server.ended) == 0
+
+
+def test_a_deadline_that_is_taken_away_meanwhile_is_not_over(serve):
+    """A session's own thread sets `since` to 0 when its packet is whole, also between two looks of the sweep."""
+    class Flickering:
+        last, paused, partial = time.monotonic(), 0, None
+        times = [time.monotonic() - 1000.0, 0.0]
+        since = property(lambda self: self.times.pop(0))
+
+    server = serve(packet_timeout=500)
+    assert server.communicator._late(Flickering(), time.monotonic()) is not None         # as of its first look it is
+    Flickering.times = [0.0, time.monotonic() - 1000.0]
+    assert server.communicator._late(Flickering(), time.monotonic()) is None
+
+
+def test_a_session_is_not_idle_by_what_came_before_it_in_its_threads_turn(serve):
+    begun, release = Log(), threading.Event()
+
+    def on_connect(session):
+        begun.add(session)
+        release.wait(DEADLINE)
+
+    server = serve(on_connect=on_connect, start=False)
+    clients = [server.client() for _ in range(2)]
+    server.list.start()
+    begun.wait(1)
+    released = time.monotonic()
+    release.set()
+    begun.wait(2)
+    assert server.connected.items[1].last >= released
+    assert all(map(serves, clients))
+
+
+def test_who_sends_no_more_is_not_idle_while_he_is_answered(serve):
+    """With on_eof a session stays open until the program closes it; nothing can be received any more."""
+    ended = Log()
+    server = serve(on_eof=ended.add, **PATIENT)
+    client, session = server.pair()
+    client.shutdown(socket.SHUT_WR)
+    ended.wait()
+    silence(server, session)
+    assert session.send(b"still here")
+    assert read_frame(client) == b"still here"
+    session.close()
+    server.ended.wait()
+
+
 def test_the_packet_deadline_begins_anew_with_each_packet(serve):
     """A peer that always has an incomplete packet but goes on from packet to packet is none of the slow ones."""
     server = serve(packet_timeout=0.3)
@@ -427,6 +519,39 @@ def test_one_packet_over_the_hard_limit_is_let_through(serve):
     assert len(server.ended) == 0
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_packet_of_any_size_is_let_through_behind_a_small_one(serve, foreign):
+    """The peer takes all that it gets. What little is queued before a large packet does not make it one that does not read."""
+    big = b"y" * (8 << 20)
+
+    def answer(session):
+        for packet in (b"small", big, b"small", big):
+            session.send(packet)
+            if packet is big:
+                told.add(1)
+                next_one.acquire(timeout=DEADLINE)
+
+    def on_packet(session, packet):
+        session.send(packet)
+        session.send(big)
+
+    told, next_one = Log(), threading.Semaphore(0)
+    server = serve(on_packet=echo if foreign else on_packet, high_water=1 << 16, low_water=1 << 15, send_limit=1 << 18)
+    client, session = server.pair()
+    if foreign:
+        thread = threading.Thread(target=answer, args=(session,), daemon=True)
+        thread.start()
+    else:
+        client.sendall(frame(b"small") * 2)
+    for number in range(2):
+        assert read_frame(client) == b"small"
+        assert read_frame(client) == big
+        next_one.release()
+    if foreign:
+        thread.join(DEADLINE)
+    assert len(server.ended) == 0
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 def test_at_the_memory_limit_receiving_waits_and_nothing_is_dropped(serve, harness):
@@ -474,7 +599,7 @@ def test_who_waits_for_memory_does_not_try_for_every_buffer_that_comes_back(serv
     server = serve(manager=harness.manager(memory_limit=2 * 8192 + count * INBOX))
     clients = [server.client() for _ in range(count)]
     attempts, lease = [], server.manager.lease
-    server.manager.lease = lambda size: attempts.append(size) or lease(size)
+    server.manager.lease = lambda size, instead: attempts.append(size) or lease(size, instead)
     packet = frame(b"x" * 8000)
     for client in clients:
         client.sendall(packet[:4000])
@@ -538,6 +663,27 @@ def test_a_length_that_is_cut_while_there_is_no_memory_is_kept(serve, harness):
     holder.close()                          # on Windows even an idle session holds a buffer
     waiter.sendall(packet[3:])
     assert read_exactly(waiter, len(packet)) == packet
+
+
+def test_packets_that_cannot_grow_stay_within_the_memory_limit_and_end_in_time(serve, harness):
+    """Each holds its RecvBuf while it waits for a larger one: what a peer has sent is counted. Time makes room again."""
+    server = serve(Delimited(b"\n", max_packet=1 << 18), manager=harness.manager(memory_limit=1 << 18), packet_timeout=0.5)
+    clients = [server.client() for _ in range(6)]
+    for size in (5000, 60000, 60000):
+        for client in clients:
+            client.sendall(b"x" * size)
+        if size == 5000:
+            eventually(lambda: server.queue.statistics()["bytes_received"] == 6 * 5000)
+    eventually(lambda: server.manager.statistics()["waiting"] >= 4)
+    assert sum(session.partial.size for session in server.communicator.sessions if session.partial) <= 1 << 18
+    server.ended.wait(6)
+    assert {reason for _, reason, _ in server.ended.items} == {Reason.TIMEOUT}
+    assert serves_lines(server.client())
+
+
+def serves_lines(client):
+    client.sendall(b"alive\n")
+    return read_exactly(client, 6) == b"alive\n"
 
 
 def test_a_packet_of_unknown_length_may_fill_all_memory(serve, harness):

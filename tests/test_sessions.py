@@ -425,6 +425,29 @@ def test_a_raising_on_connect_costs_only_its_session(serve):
     assert read_frame(client) == b"x"
 
 
+@pytest.mark.parametrize("what", ["handler", "on_sent"])
+def test_what_a_callback_raises_is_logged_though_its_session_is_ending(serve, caplog, what):
+    """RULES, servers 4: logged once. It cannot end the session any more, but is an error of the program all the same."""
+    def wrong(*args):
+        raise ZeroDivisionError("a mistake")
+
+    def on_packet(session, packet):
+        if what == "on_sent":
+            session.communicator.queue.engine.run_on_owner(session, session.abort)
+            session.send(b"x" * (8 << 20), wrong)
+        else:
+            session.close()
+            wrong()
+
+    server = serve(on_packet=on_packet, send_limit=1 << 24)
+    client = server.client()
+    client.sendall(frame(b"x"))
+    (_, reason, error), = server.ended.wait()
+    assert (reason, error) == (Reason.NORMAL, None)
+    line, = [record for record in caplog.records if record.name == "leviathan"]
+    assert "a callback failed" in line.getMessage() and line.exc_info[0] is ZeroDivisionError
+
+
 def test_a_raising_on_disconnect_costs_nothing(serve, caplog):
     """RULES, servers 3."""
     def on_disconnect(session, reason, error):
@@ -665,6 +688,26 @@ def test_broadcast_from_a_handler(serve):
     server.connected.wait(5)
     clients[0].sendall(frame(b"news"))
     assert [read_frame(client) for client in clients] == [b"news"] * 5
+
+
+def test_of_resume_and_pause_in_one_handler_the_last_counts(serve):
+    def on_packet(session, packet):
+        session.send(packet)
+        session.pause()
+        session.resume()
+        session.pause()
+
+    server = serve(on_packet=on_packet)
+    client, session = server.pair()
+    client.sendall(frame(b"1") + frame(b"2"))
+    assert read_frame(client) == b"1"
+    fence = Log()
+    for turn in range(3):
+        session.communicator.queue.engine.run_on_owner(session, fence.add, turn)
+        fence.wait(turn + 1)
+    assert [name for name, _ in server.log.items].count("packet") == 1
+    session.resume()
+    assert read_frame(client) == b"2"
 
 
 def test_pause_and_resume(serve):
@@ -1031,6 +1074,45 @@ def test_a_connect_timeout_that_comes_before_the_engine_has_the_session(serve, m
     client.communicator.connect(*server.address, on_failure=lambda connector, error: failures.add(error))
     assert [type(error) for error in failures.wait()] == [TimeoutError]
     eventually(lambda: client.manager.statistics()["sessions"] == 0)
+
+
+def test_an_attempt_that_was_given_up_says_nothing_about_the_next(serve, monkeypatch):
+    """Its time is over between the resolver's answer and the engine; its session ends while the next attempt is made."""
+    server = serve()
+    ours = serve(listen=False)
+    failures = Log()
+    take_slot = ours.communicator._take_slot
+
+    def late(listener):
+        index = take_slot(listener)
+        if connector._attempts == 1:
+            connector._timed_out(1)
+        return index
+
+    ours.communicator._take_slot = late
+    held = threading.Event()
+    ours.queue.post(held.wait, DEADLINE)            # until `connector` has its name
+    connector = ours.communicator.connect(*server.address, timeout=DEADLINE, reconnect=(0.01, 0.01),
+                                          on_failure=lambda connector, error: failures.add(error))
+    held.set()
+    session = connector.wait(DEADLINE)
+    assert session.connected and connector.session is session
+    fence = Log()
+    ours.queue.call_later(0.05, fence.add, 1)       # longer than the next attempt would take
+    fence.wait()
+    assert [type(error) for error in failures.wait(1)] == [TimeoutError]
+    assert connector.session is session
+    connector.close()
+
+
+def test_who_waits_for_a_connector_that_was_closed_is_told_so(serve):
+    server = serve()
+    connector = server.communicator.connect(*server.address)
+    connector.wait(DEADLINE)
+    connector.close()
+    eventually(lambda: connector.session is None)
+    with pytest.raises(ConnectionError, match="it was given up"):
+        connector.wait(DEADLINE)
 
 
 def test_connect_wait_timeout(serve, harness, monkeypatch):
@@ -1685,6 +1767,28 @@ def test_a_handler_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(
         release.set()
     assert server.queue.stop() is True          # now it has
     assert server.queue.stop() is True
+
+
+@pytest.mark.parametrize("kind", ["function", "in C", "of threading"])
+def test_a_call_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(harness, caplog, kind):
+    """Also what has no frame of its own, or a frame of a module that leviathan uses itself."""
+    lock, event = threading.Lock(), threading.Event()
+    lock.acquire()
+    call = {"function": lambda: event.wait(DEADLINE), "in C": lock.acquire, "of threading": event.wait}[kind]
+    queue = harness.queue(1)
+    queue.start()
+    began = Log()
+    queue.post(began.add, 1)
+    queue.post(call, *[] if kind == "function" else [True, DEADLINE] if kind == "in C" else [DEADLINE])
+    began.wait()
+    try:
+        assert queue.stop(0.05) is False
+        line, = [record.getMessage() for record in caplog.records if record.name == "leviathan"]
+        assert {"function": "<lambda> (", "in C": "acquire (", "of threading": "wait ("}[kind] in line
+    finally:
+        lock.release()
+        event.set()
+    assert queue.stop() is True
 
 
 def test_a_handler_that_closes_the_server_ends_run(harness):

@@ -112,7 +112,7 @@ def test_classes_and_methods_are_the_same_in_the_same_order():
 def test_verbs_are_all_there():
     """DESIGN 2 and docs/architecture.md: what the core calls; there is nothing public that only one engine has."""
     verbs = ["start", "stop", "statistics", "listen", "accept", "connect", "attach", "receive", "pause", "send", "close",
-             "shutdown", "unlisten", "owns", "run_on_owner", "post", "call_later"]
+             "shutdown", "unlisten", "heard", "owns", "run_on_owner", "post", "call_later"]
     for name in (EPOLL, IOCP):
         assert [method for method in methods(classes(name)["Engine"]) if method in verbs] == verbs
 
