@@ -4142,7 +4142,7 @@ def _checked(received: Callable[[Session, Any, int], None]) -> Callable[[Session
 # ---------------------------------------------------------------------------------------------------------------------
 
 class ConnectionList:
-    """The open sessions of a Communicator (A2): len(), iteration over a copy, `in`."""
+    """The sessions of a Communicator (A2), also those being connected: len(), iteration over a copy, `in`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()       # guards the rest

@@ -960,11 +960,12 @@ class Worker:
 
     def _established(self, session: Any) -> None:
         """Connected and on its own thread: on_connected comes first, then the first receive is armed."""
+        if not session.move("established"):
+            return                          # it was given up meanwhile; its end is in the mail
         session.last = monotonic()          # what came before it in this batch may have taken long
         session.owner = self.mine
         session.dirty, session.tally = self.dirty, self.tally
         self.connected += 1
-        session.move("established")
         self.streams[session.socket.fileno()] = session
         self.core.on_connected(session)
         if session.is_open():

@@ -1097,11 +1097,13 @@ class Worker:
 
     def _established(self, session: Any) -> None:
         """Connected: on_connected comes first, then `_settle` arms the first receive."""
+        with session.link.lock:
+            if not session.move("established"):
+                return                      # it was given up meanwhile; `_settle` closes it
+            session.link.live = True
         session.last = monotonic()          # what came before it in this batch may have taken long
         with self.engine.lock:
             self.engine.connected += 1
-        with session.link.lock:
-            session.link.live = session.move("established")
         self.core.on_connected(session)
 
     # -- owner thread: receiving --------------------------------------------------------------------------------------

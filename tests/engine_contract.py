@@ -1023,6 +1023,25 @@ class EngineContract:
         connector.close()
         self.record.wait_for("on_closed", 2)
 
+    def test_a_connection_that_was_given_up_while_it_was_made_is_never_established(self):
+        """Its end and the system's word that it is there may meet in one turn of its thread."""
+        class GivenUp(leviathan.Session):
+            __slots__ = ()
+
+            def move(self, event):
+                if event == "established":
+                    self.worker.close_session(self, False, None, None)
+                return super().move(event)
+
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            ours = self.communicator()
+            ours._session = GivenUp
+            ours.connect(*listening.getsockname())
+            self.record.wait_for("on_closed")
+        assert self.record.count("connect") == self.record.count("disconnect") == 0
+
     def test_connection_refused(self):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
