@@ -609,6 +609,50 @@ def test_a_handler_that_raises_costs_500_and_the_connection():
     assert driven.ended[0] is leviathan.Reason.ERROR and b"on purpose" not in driven.sent
 
 
+class Before:
+    """A lock; *first* is called once, before it is taken."""
+
+    def __init__(self, lock, first):
+        self.lock, self.first = lock, first
+
+    def __enter__(self):
+        first, self.first = self.first, None
+        if first is not None:
+            first()
+        return self.lock.__enter__()
+
+    def __exit__(self, *args):
+        return self.lock.__exit__(*args)
+
+
+def elsewhere(function, *args):
+    """Call it on another thread, and wait for that one."""
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    thread.join(DEADLINE)
+
+
+def test_an_answer_that_is_in_the_mail_is_not_overtaken(serve):
+    """The request before is answered by another thread while the handler is about to send: then this is not the first."""
+    requests = []
+    kept = Log()
+
+    def handler(session, request):
+        requests.append(request)
+        if len(requests) == 1:
+            kept.add(request)
+            return
+        exchange = session.protocol
+        exchange.lock = Before(exchange.lock, lambda: elsewhere(requests[0].reply, b"first"))
+        session.send(b"second")
+
+    client = serve(Http(), handler).client()
+    client.sendall(GET)
+    kept.wait()
+    client.sendall(GET)
+    assert [response_of(client)[2] for _ in range(2)] == [b"first", b"second"]
+
+
 @pytest.mark.parametrize("where", ["handler", "on_sent"])
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.0", b"GET / HTTP/1.1"])
 def test_a_callback_that_raises_behind_the_head_of_a_stream_aborts(serve, line, where):
