@@ -1637,13 +1637,16 @@ class Http(StatefulFraming):
         """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         exchange.done = True
-        if request._state != _OPEN or session.reason is not None:
+        if session.reason is not None:
             fail(session, error)
             return
+        # Not by `fail`, even if it is a FramingError: that is the peer's only where it comes from the parser.
         _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
         with exchange.lock:
             exchange.ending = Reason.ERROR, error
-        self.answer(session, request, Response(500, {"Connection": "close"}, "500 Internal Server Error\n"), None)
+        answer = Response(500, {"Connection": "close"}, "500 Internal Server Error\n")
+        if self.answer(session, request, answer, None) is None:     # its own has begun, perhaps only now on another thread
+            session.end(not self.unfinished(session), Reason.ERROR, error)
 
     # -- parsing: bytes in, boundaries out ----------------------------------------------------------------------------
 

@@ -677,6 +677,47 @@ def test_a_callback_that_raises_behind_the_head_of_a_stream_aborts(serve, line, 
             pytest.fail("a clean end")
 
 
+@pytest.mark.parametrize("error", [HttpError(400, "on purpose"), leviathan.FramingError("on purpose")], ids=["Http", "Framing"])
+def test_an_error_of_the_protocol_that_a_handler_raises_is_the_handlers(serve, caplog, error):
+    """Behind an answer, or behind a part of one, the connection ends as it does for other errors; it did not at all."""
+    def handler(session, request):
+        if request.path == "/whole":
+            request.reply(b"whole")
+        else:
+            request.stream().write(b"half")
+        raise error
+
+    server = serve(Http(), handler)
+    for path, aborted in (b"/whole", False), (b"/half", True):
+        client = server.client()
+        client.sendall(GET.replace(b"/ ", path + b" "))
+        assert (b"whole" in read_to_end(client)) is not aborted
+        session, reason, told = server.ended.wait(1 + aborted)[-1]
+        assert (session.aborted, reason, told) == (aborted, leviathan.Reason.ERROR, error)
+    assert caplog.text.count("a callback failed for ") == 2 and "broke the protocol" not in caplog.text
+
+
+@pytest.mark.parametrize("begin, aborted", [(lambda request: request.reply(b"late"), False),
+                                            (lambda request: request.stream().write(b"late"), True)], ids=["whole", "half"])
+def test_a_handler_that_raises_while_another_thread_answers_costs_the_connection(serve, begin, aborted):
+    """The 500 comes too late then, and nobody would close."""
+    def handler(session, request):
+        def answer_first():
+            exchange.lock = Before(exchange.lock, lambda: elsewhere(begin, request))
+
+        exchange = session.protocol
+        exchange.lock = Before(exchange.lock, answer_first)     # at the first look the request is still open
+        raise RuntimeError("on purpose")
+
+    server = serve(Http(), handler)
+    client = server.client()
+    client.sendall(GET)
+    data = read_to_end(client)
+    assert b" 500 " not in data and (b"late" in data or aborted)
+    session, reason, _ = server.ended.wait()[0]
+    assert (session.aborted, reason) == (aborted, leviathan.Reason.ERROR)
+
+
 @pytest.mark.parametrize("give", [
     lambda request: request.session.send("hi"), lambda request: request.session.send(b"hi"),
     lambda request: request.session.send(Response(204)), lambda request: request.stream(200)],
