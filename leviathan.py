@@ -1719,11 +1719,11 @@ class Http(StatefulFraming):
         if found:
             raise HttpError(400, "%r within a header" % found.group())
         have = end - start
-        if have > self.max_line:
+        if have > self.max_line + 1:        # the CR of its end may be there, the LF not yet; so below
             line = bytes(buffer[start:start + self.max_line + 2]).find(b"\r\n")
             if line < 0:
                 raise HttpError(414, "a first line of more than max_line (%d bytes)" % self.max_line)
-            if have - line - 2 > self.max_header:
+            if have - line - 2 > self.max_header + 1:
                 raise HttpError(431, "header lines of more than max_header (%d bytes)" % self.max_header)
         if not skip and part:
             first = part.split(b" ", 1)[0].split(b"\r", 1)[0]

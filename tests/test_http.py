@@ -402,6 +402,17 @@ def test_many_header_bytes_are_431():
     assert of(GET[:-2] + b"X: " + b"a" * 50000 + b"\r\n\r\n").status == 431
 
 
+def test_the_limits_of_lines_are_the_same_however_they_are_cut():
+    for data, limits in ((GET, {"max_line": 14}), (GET, {"max_header": 9}), (GET, {"max_line": 14, "max_header": 9}),
+                         (CHUNKED + b"0\r\nX: a\r\n\r\n", {"max_header": 37})):
+        for at in range(len(data)):
+            assert len(of(data[:at], **limits).feed(data[at:]).packets) == 1, (at, limits)
+        taken(data, **limits)
+    refused(GET, 414, max_line=13)
+    refused(GET, 431, max_header=8)
+    refused(GET, 431, max_line=14, max_header=8)
+
+
 def test_many_headers_are_431():
     taken(GET[:-2] + b"X: a\r\n" * 99 + b"\r\n")
     refused(GET[:-2] + b"X: a\r\n" * 100 + b"\r\n", 431)
@@ -677,7 +688,8 @@ def test_a_callback_that_raises_behind_the_head_of_a_stream_aborts(serve, line, 
             pytest.fail("a clean end")
 
 
-@pytest.mark.parametrize("error", [HttpError(400, "on purpose"), leviathan.FramingError("on purpose")], ids=["Http", "Framing"])
+@pytest.mark.parametrize("error", [HttpError(400, "on purpose"), leviathan.FramingError("on purpose")],
+                         ids=["HttpError", "FramingError"])
 def test_an_error_of_the_protocol_that_a_handler_raises_is_the_handlers(serve, caplog, error):
     """Behind an answer, or behind a part of one, the connection ends as it does for other errors; it did not at all."""
     def handler(session, request):
