@@ -685,6 +685,9 @@ MAX_LINE = 8192                 # bytes of a request line; RFC 9112 section 3 wa
 MAX_HEADER = 1 << 15            # bytes of all header lines together; nginx allows 32 KiB too
 MAX_HEADERS = 100               # header lines, as in Apache
 MAX_CHUNK_LINE = 256            # bytes of a chunk's size and its extensions; those of AWS' signatures have 90
+# What is around a body's chunks may take max_header, and a quarter of the body: 6000 chunks of any size, and as many as one
+# likes of 24 bytes. Without that 2 MiB in chunks of one byte took 12 MiB, and 1.6 s of the thread at once; now it is 0.04 s.
+CHUNKED_SHIFT = 2
 MAX_PIPELINED = 64              # requests of a connection that are not answered yet, before receiving pauses
 HEADS_KEPT = 512                # header blocks that are known again, per Http object ...
 HEAD_KEPT_MAX = 1024            # ... if they are no longer than this: 0.5 MB of keys, and about as much of what they mean
@@ -1004,7 +1007,7 @@ class _Exchange:
         self.need = 0                       # bytes of all of it, or of as much as is known to come; 0: not known
         self.scan = 0                       # chunked: up to here it was looked at
         self.total = 0                      # chunked: bytes of its body up to there
-        self.spare = 0                      # chunked: bytes of extensions and leading zeros up to there
+        self.spare = 0                      # chunked: bytes of size lines, extensions and line ends up to there
         self.tail = 0                       # chunked: where the trailers begin; 0: not there yet
 
 
@@ -1039,7 +1042,8 @@ class Http(StatefulFraming):
         self.role, self.client = role, role == "client"
         self.max_line, self.max_header, self.max_headers, self.max_body = max_line, max_header, max_headers, max_body
         self.max_pipelined, self.heads_kept = max_pipelined, heads_kept
-        self.max_packet = max_line + max_header + 4 + max_body
+        # The longest is a chunked one: what is around its chunks may take a max_header and more, its trailers one too.
+        self.max_packet = max_line + 3 * max_header + 8 + max_body + (max_body >> CHUNKED_SHIFT) + MAX_CHUNK_LINE + 2
         self._known: Dict[bytes, _Head] = {}            # {header block: what it means}, of requests without a body
         self._ordinary: Dict[bytes, Headers] = {}       # {their header lines: the same}, for requests of another target
         self._blocks: Dict[Any, bytes] = {}             # {a response's ordinary headers, as pairs: its lines}
@@ -1918,9 +1922,9 @@ class Http(StatefulFraming):
             length = int(found.group(1), 16)
             if exchange.total + length > self.max_body:
                 raise HttpError(413, "a chunked body of more than max_body (%d bytes)" % self.max_body)
-            spare = exchange.spare + size - len(b"%x" % length)
-            if spare > self.max_header + (exchange.total >> 3):
-                raise HttpError(400, "%d bytes of chunk extensions" % spare)
+            spare = exchange.spare + size + 4
+            if spare > self.max_header + (exchange.total >> CHUNKED_SHIFT):
+                raise HttpError(400, "%d bytes of sizes and extensions for a chunked body of %d" % (spare, exchange.total))
             if not length:
                 exchange.scan += size + 2
                 exchange.tail = exchange.scan

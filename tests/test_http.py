@@ -361,6 +361,28 @@ def test_chunk_extensions_are_capped():
     assert of(CHUNKED + many[:20 * 207] + b"0\r\n\r\n").packets[0].body == b"x" * 20
 
 
+def chunked(body, size):
+    return CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(body[at:at + size]), body[at:at + size])
+                              for at in range(0, len(body), size)) + b"0\r\n\r\n"
+
+
+def test_what_is_around_chunks_is_capped():
+    """Else 2 MiB in chunks of one byte took 12 MiB of memory, and more than a second of the thread to join."""
+    for size, count in (1, 6500), (2, 7000), (24, 1 << 15), (4096, 512):
+        body = b"x" * (size * count)
+        assert of(chunked(body, size)).packets[0].body == body
+    for size, count in (1, 7000), (2, 7500), (20, 1 << 15):
+        assert refused_soon(chunked(b"x" * (size * count), size)) == 400
+    assert refused_soon(chunked(b"x" * 100, 1), max_header=100) == 400
+
+
+def refused_soon(data, **limits):
+    """The status with which *data* is refused before its last byte is there."""
+    driven = of(data[:-1], **limits)
+    assert not driven.packets and driven.ended[0] is leviathan.Reason.PROTOCOL
+    return driven.status
+
+
 def test_trailers_are_kept_apart():
     request = taken(CHUNKED + b"3\r\nabc\r\n0\r\nX-Sum: 7\r\nHost: evil\r\nContent-Length: 9\r\n\r\n")
     assert request.trailers.items() == (("X-Sum", "7"), ("Host", "evil"), ("Content-Length", "9"))
@@ -1366,6 +1388,27 @@ def test_an_upload_in_chunks(serve):
         client.close()
     eventually(lambda: len(server.ended) == 4)
     assert server.manager.statistics()["leased"] == 0
+
+
+def test_no_buffer_is_larger_than_the_longest_message(serve):
+    framing = Http(max_body=1 << 18)
+    server = serve(framing, hello)
+    for size, status in (1, 400), (24, 200), (5000, 200):
+        client = server.client()
+        writer = threading.Thread(target=send_or_lose, args=(client, chunked(b"x" * (1 << 18), size)))
+        writer.start()
+        assert response_of(client)[0] == status
+        writer.join()
+    largest = max(size for size, counts in server.manager.statistics()["classes"].items() if counts["high"])
+    assert largest <= 1 << leviathan._power(framing.max_packet)
+
+
+def send_or_lose(client, data):
+    """Send to a server that may close meanwhile."""
+    try:
+        client.sendall(data)
+    except ConnectionError:
+        pass
 
 
 def test_answers_from_other_threads_keep_the_order(serve):
