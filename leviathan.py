@@ -586,13 +586,16 @@ class Delimited(Framing):
         return bytes(buffer[start:stop - len(self.delimiter) if self.strip else stop])
 
     def encode(self, packet: BytesLike) -> bytes:
-        """The packet and its delimiter. Raises ValueError when the delimiter is in the packet."""
+        """The packet and its delimiter. Raises ValueError when the peer would find a delimiter before that one."""
         data = _octets(packet)
         if not self.strip:
             return data
-        if self.delimiter in data:
-            raise ValueError("the packet contains the delimiter %r" % (self.delimiter,))
-        return data + self.delimiter
+        whole = data + self.delimiter
+        at = whole.find(self.delimiter)
+        if at != len(data):                 # in the packet, or begun by its end: b"\n" before b"\n\n"
+            raise ValueError("the packet contains the delimiter %r%s" % (
+                self.delimiter, "" if self.delimiter in data else ", together with the one behind it"))
+        return whole
 
     def split(self, buffer: Any, start: int, end: int, seen: int = 0) -> Iterator[Tuple[bytes, int]]:
         """As Framing.split, but the buffer is copied once and not once for every line in it."""

@@ -456,8 +456,12 @@ def test_a_length_is_not_taken_from_bytes_behind_the_end():
     (FixedSize(4), b"abc"),
     (FixedSize(4), b"abcde"),
     (Delimited(b"\r\n"), b"one\r\ntwo"),
+    (Delimited(b"\n\n"), b"one\n"),
+    (Delimited(b"\r\n\r\n"), b"one\r\n"),
+    (Delimited(b"aa"), b"xa"),
 ], ids=["256 in 1", "65536 in 2", "under adjust", "header says more", "header cut", "header says less",
-        "over max_packet", "impossible", "too short", "too long", "delimiter inside"])
+        "over max_packet", "impossible", "too short", "too long", "delimiter inside",
+        "an end of half a delimiter", "an end of half a delimiter of four", "an end of half a delimiter of letters"])
 def test_what_cannot_be_carried_raises_value_error(framing, packet):
     with pytest.raises(ValueError):
         framing.encode(packet)
