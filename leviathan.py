@@ -522,8 +522,8 @@ class TextLength(Framing):
         if len(end) != 1 or end.isdigit():
             raise ValueError("end is %r; it must be one byte that is no digit" % (end,))
         self.end, self.trailer, self.strip = end, trailer, strip
-        self.max_packet = _check_max(max_packet, 2)
-        self._digits = len(str(self.max_packet))        # more digits than the limit has can only be over it
+        self.max_packet = _check_max(max_packet, 2 + len(trailer))      # b"0,", and what follows it
+        self._digits = len(str(self.max_packet))        # more than the limit has are over it, or zeros for nothing
 
     def parse(self, buffer: Any, start: int, end: int, seen: int = 0) -> int:
         """See Framing.parse."""
@@ -535,7 +535,7 @@ class TextLength(Framing):
             raise FramingError("%r is no length" % (head,))
         if at < 0:
             if len(head) > self._digits:
-                raise FramingError("a length of more than %d digits is over max_packet (%d)"
+                raise FramingError("a length of more than %d digits, as many as max_packet (%d) has"
                                    % (self._digits, self.max_packet))
             return 0
         stop = at + 1 + int(digits) + len(self.trailer)

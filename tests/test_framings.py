@@ -429,6 +429,8 @@ def test_a_packet_of_exactly_max_packet_is_allowed(framing, packet):
 
 def test_a_length_may_have_leading_zeros_within_the_limits_digits():
     assert by_split(TextLength(), [b"0005,hello"]) == ([b"hello"], b"")
+    with pytest.raises(leviathan.FramingError, match="more than 7 digits, as many as"):     # it is not said to be too long
+        by_split(TextLength(), [b"00000005,hello"])
 
 
 def test_a_length_is_not_taken_from_bytes_behind_the_end():
@@ -471,6 +473,7 @@ def test_what_cannot_be_carried_raises_value_error(framing, packet):
     lambda: LengthPrefix(0), lambda: LengthPrefix(9), lambda: LengthPrefix(4, byteorder="middle"),
     lambda: LengthPrefix(4, offset=-1), lambda: LengthPrefix(4, offset=1), lambda: LengthPrefix(4, max_packet=3),
     lambda: TextLength(b""), lambda: TextLength(b"ab"), lambda: TextLength(b"5"), lambda: TextLength(max_packet=1),
+    lambda: TextLength(trailer=b"12345678", max_packet=9),
     lambda: Delimited(b""), lambda: Delimited(b"\n", max_packet=0), lambda: FixedSize(0), lambda: FixedSize(-1),
     lambda: Function(plain_parse, max_packet=0)])
 def test_senseless_settings_raise_value_error(make):
