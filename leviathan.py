@@ -4009,11 +4009,18 @@ class EventQueue:
         return self._made
 
     def start(self) -> None:
-        """Start the threads. A second start does nothing; a stopped queue cannot be started: RuntimeError."""
+        """Start the threads. A second start does nothing; a stopped queue cannot be started: RuntimeError.
+
+        RuntimeError, too, when the system has not so many threads: then the queue is stopped.
+        """
         with self._lock:
             self._check()
         _log()                              # imported by now: when descriptors have run out it could not be
-        self.engine.start()
+        try:
+            self.engine.start()
+        except BaseException:
+            self.stop(1.0)                  # half a queue would leave what is pinned to its other half unserved
+            raise
 
     def stop(self, timeout: Optional[float] = None) -> bool:
         """Run what is queued, abort the sessions that are left, end the threads. RuntimeError on a thread of its own.
@@ -5557,7 +5564,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             text = _EMBEDDED_INI.format(host="[%s]" % host if ":" in host else host,
                                         port=DEFAULT_PORT if options.port is None else options.port)
             return _serve(_read_ini("the embedded INI", text), "the embedded INI", False, _HINT)
-    except (LeviathanError, OSError) as error:
+    except (LeviathanError, OSError, RuntimeError) as error:        # RuntimeError: no thread can be had
         message = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
         print("leviathan: %s" % message, file=sys.stderr)
         return 2

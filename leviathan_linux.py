@@ -262,7 +262,10 @@ class Engine:
     # -- any thread: life ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the threads. What was asked for before is done now."""
+        """Start the threads. What was asked for before is done now.
+
+        Raises RuntimeError when the system has no thread left; then `stop` ends those that were started.
+        """
         with self.lock:
             if self.started or self.stopped:
                 return
@@ -283,9 +286,9 @@ class Engine:
             first, self.stopped = not self.stopped, True        # from here on `post` answers False
         for worker in self.workers if first else ():
             worker.post(worker.shut)
-            if not self.started:
+            if worker.thread.ident is None:
                 worker.run()                # never had a thread: this one does what was queued, and closes
-        left = self._join([worker.thread for worker in self.workers if self.started], end)
+        left = self._join([worker.thread for worker in self.workers if worker.thread.ident is not None], end)
         with self.lock:
             late = [thread for thread in self.late if thread.ident != threading.get_ident()]
         left += self._join(late, end)       # what the workers have refused while they ended

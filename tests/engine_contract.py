@@ -1325,6 +1325,34 @@ class EngineContract:
             assert self.record.count("event") == 1 + start
         assert self.record.count("late") == 0
 
+    def test_a_start_that_gets_too_few_threads_ends_those_it_got(self, monkeypatch):
+        for few in (0, 2):
+            queue = self.queue(4, start=False)
+            communicator = self.communicator(queue=queue)
+            listeners = [communicator.listen(0, thread=number) for number in range(4)]
+            queue.post(self.record.add, "event %d" % few)
+            start, started = threading.Thread.start, []
+
+            def fail(thread):
+                if thread.name.startswith("contract-"):
+                    if len(started) == few:
+                        raise RuntimeError("can't start new thread")
+                    started.append(thread)
+                start(thread)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", fail)
+                try:
+                    queue.start()
+                except RuntimeError as error:
+                    assert str(error) == "can't start new thread"
+                else:
+                    raise AssertionError("it has started")
+            assert len(started) == few and not any(thread.is_alive() for thread in started)
+            assert queue.stop(DEADLINE)
+            assert self.record.count("event %d" % few) == 1
+            assert [listener.socket.fileno() for listener in listeners] == [-1] * 4
+
     def test_stop_closes_listeners_too(self):
         for accepting in (True, False):
             queue = self.queue()

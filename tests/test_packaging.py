@@ -379,6 +379,13 @@ def test_a_core_and_an_engine_of_two_versions_say_so(tmp_path):
     assert status == 1 and ENGINE + ".py is of leviathan " in err.splitlines()[-1] and "copy both" in err.splitlines()[-1]
 
 
+def test_a_system_without_threads_is_one_line_and_status_2(tmp_path):
+    code = ("import sys, threading; sys.path.insert(0, %r); import leviathan\n"
+            "def start(thread):\n    raise RuntimeError(\"can't start new thread\")\n"
+            "threading.Thread.start = start\nsys.exit(leviathan.main(['--port', '0']))" % ROOT)
+    assert run("-c", code, cwd=tmp_path) == (2, "", "leviathan: can't start new thread\n")
+
+
 def test_bad_usage_is_status_2(tmp_path):
     assert outcome(tmp_path, "nonsense")[0] == 2
     assert outcome(tmp_path, "serve")[0] == 2
