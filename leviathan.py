@@ -5528,6 +5528,35 @@ _HINT = ("try: python -c \"import socket; s = socket.create_connection(('%(host)
          "s.sendall(b'\\0\\0\\0\\5hello'); print(s.recv(9))\"")
 
 
+class _Itself:
+    """An import hook that finds *module*, which runs as a program, by whatever name a handler's module imports its file.
+
+    A second copy would have classes of its own: its FramingError would be any error here, its Reason another one.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.name = os.path.splitext(os.path.basename(__file__))[0]
+        self.file = os.path.realpath(__file__)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The import system's question (importlib.abc.MetaPathFinder)."""
+        if name.rpartition(".")[2] != self.name:
+            return None
+        from importlib.machinery import ModuleSpec, PathFinder
+        found = PathFinder.find_spec(name, path)
+        if found is None or os.path.realpath(found.origin or "") != self.file:
+            return None
+        return ModuleSpec(name, self, origin=found.origin)      # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> None:
+        """An empty one will do (importlib.abc.Loader)."""
+
+    def exec_module(self, module: Any) -> None:
+        """The import takes what is in sys.modules afterwards (importlib.abc.Loader)."""
+        sys.modules[module.__name__] = self.module
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """The command line. Returns the exit status: 0 after a drained stop, 1 after one that was not, 2 for bad usage."""
     import argparse
@@ -5572,6 +5601,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    # Handlers that `import leviathan` must get this module, not a second copy of it.
-    sys.modules.setdefault("leviathan", sys.modules["__main__"])
-    sys.exit(main())
+    # Handlers must get this module, not a second copy of it: also as `leviathan` where it is in a package, and where that
+    # package imports it, so that it is there already when `-m` runs it.
+    _itself: Any = sys.modules.get(getattr(globals()["__spec__"], "name", "leviathan"), sys.modules["__main__"])
+    sys.modules.setdefault("leviathan", _itself)
+    sys.meta_path.insert(0, _Itself(_itself))
+    sys.exit(_itself.main())

@@ -100,6 +100,28 @@ def test_a_missing_engine_is_named(tmp_path, package):
     assert str(tmp_path / "vendored" / "leviathan.py") in last
 
 
+@pytest.mark.parametrize("package", ["", "from . import leviathan"], ids=["empty", "imports it"])
+@pytest.mark.parametrize("command", [["-m", "myapp._vendor.leviathan"], [os.path.join("myapp", "_vendor", "leviathan.py")]],
+                         ids=["module", "script"])
+def test_a_vendored_copy_that_runs_as_a_program_is_not_loaded_again(tmp_path, command, package):
+    copy_to(tmp_path / "myapp" / "_vendor")
+    (tmp_path / "myapp" / "__init__.py").write_text("")
+    (tmp_path / "myapp" / "_vendor" / "__init__.py").write_text(package)
+    (tmp_path / "handlers.py").write_text(
+        "import leviathan as flat\nimport myapp._vendor.leviathan\nfrom myapp._vendor import leviathan\n"
+        "assert flat is leviathan is myapp._vendor.leviathan\n"
+        "def parse(view):\n    raise leviathan.FramingError('no')\n"
+        "def gone(session, reason, error):\n    print(reason is leviathan.Reason.PROTOCOL, flush=True)\n")
+    (tmp_path / "v.ini").write_text("[HEADER]\nTYPE = function\nFUNCTION = handlers:parse\n[COMUNICATOR_0]\nLISTEN = 0\n"
+                                    "HANDLER = leviathan:echo\nON_DISCONNECT = handlers:gone\n")
+    with Program(*command, "serve", "v.ini", cwd=tmp_path) as server:
+        with server.client() as client:
+            client.sendall(b"x")
+            assert server.process.stdout.readline() == "True\n"
+        status, out, err = server.end()
+        assert (status, out) == (0, "") and "Traceback" not in err
+
+
 # -- bundle -----------------------------------------------------------------------------------------------------------
 
 def test_bundle_flat(bundle, tmp_path):
