@@ -3963,7 +3963,13 @@ def _load_engine() -> Any:
                           "`python leviathan.py bundle PATH`" % (name, os.path.abspath(__file__))) from None
 
 
-_engine = _load_engine()
+try:
+    _engine = _load_engine()
+except ImportError as problem:
+    if __name__ != "__main__":
+        raise
+    print("leviathan: %s" % problem, file=sys.stderr)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,12 @@ def test_a_missing_engine_is_named(tmp_path, package):
     assert str(tmp_path / "vendored" / "leviathan.py") in last
 
 
+def test_a_missing_engine_is_one_line_and_status_2_for_a_program(tmp_path):
+    copy_to(tmp_path, ["leviathan.py"])
+    status, out, err = run("-S", "-E", tmp_path / "leviathan.py", "--version", cwd=tmp_path)
+    assert (status, out) == (2, "") and err.startswith("leviathan: ") and err.count("\n") == 1 and ENGINE in err
+
+
 @pytest.mark.parametrize("package", ["", "from . import leviathan"], ids=["empty", "imports it"])
 @pytest.mark.parametrize("command", [["-m", "myapp._vendor.leviathan"], [os.path.join("myapp", "_vendor", "leviathan.py")]],
                          ids=["module", "script"])
