@@ -4203,6 +4203,7 @@ class Listener:
         self.communicator, self.serve, self.client_thread, self.unix = communicator, serve, client_thread, unix
         self.socket: Any = None             # the engine's, as are worker, pause and closed
         self.worker: Any = None
+        self.file: Any = None               # a unix socket's, the engine's too
         self.pause = 0.1
         self.closed = False
         self.silent = 0.0                   # until then no line says again that there is a shortage

@@ -333,13 +333,17 @@ class Engine:
             _tune(sock, family)
             sock.setblocking(False)
             sock.bind(address)
+            if family == getattr(socket, "AF_UNIX", None):
+                listener.file = _file_at(address)
             sock.listen(backlog)
         except OSError:
+            _remove_own(listener.file)
             sock.close()
             raise
         listener.socket = sock
         listener.worker = worker = self.choose(thread)
         if not worker.post(worker.listeners.append, listener):
+            _remove_own(listener.file)
             sock.close()
             raise OSError(errno.ESHUTDOWN, "the queue has stopped")
 
@@ -513,6 +517,21 @@ def _remove_stale(path: str) -> None:
         probe.setblocking(False)
         if probe.connect_ex(path) == errno.ECONNREFUSED:
             os.unlink(path)
+
+
+def _file_at(path: str) -> Tuple[str, int, int]:
+    """(absolute path, device, inode): which file it is, whatever becomes of the path and of the current directory."""
+    found = os.stat(path)
+    return os.path.abspath(path), found.st_dev, found.st_ino
+
+
+def _remove_own(file: Optional[Tuple[str, int, int]]) -> None:
+    """Remove a unix socket's file, unless another one is there: somebody has removed ours and listens himself."""
+    try:
+        if file is not None and _file_at(file[0]) == file:
+            os.unlink(file[0])
+    except OSError:
+        pass                                # it is gone already
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -901,12 +920,8 @@ class Worker:
             self.listeners.remove(listener)
             self._disarm_listener(listener)
         if listener.socket.fileno() >= 0:
+            _remove_own(listener.file)      # first: while the socket is there, nobody else's file has its inode
             listener.socket.close()
-            if listener.unix:
-                try:
-                    os.unlink(listener.unix)
-                except OSError:
-                    pass                    # somebody has removed it, or made it his own
         listener.closed = True
 
     # -- owner thread: a session's beginning --------------------------------------------------------------------------

@@ -910,6 +910,25 @@ def test_unix_socket_stale_file_is_removed_and_others_are_not(serve, harness, tm
     assert precious.read_bytes() == b"precious"
 
 
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+def test_a_unix_sockets_file_is_removed_wherever_one_is_and_only_if_it_is_ones_own(serve, harness, tmp_path, monkeypatch):
+    path = tmp_path / "server"
+    monkeypatch.chdir(tmp_path)
+    first = serve(listen=False)
+    first.communicator.listen(unix="server")
+    path.unlink()
+    second = serve(listen=False)
+    listener = second.communicator.listen(unix="server")
+    first.stop()
+    client = harness.connect(listener)
+    client.sendall(frame(b"x"))
+    assert read_frame(client) == b"x"
+    monkeypatch.chdir("/")
+    client.close()
+    second.stop()
+    assert not path.exists()
+
+
 def test_a_port_in_use_raises_oserror_at_once(serve):
     server = serve()
     with pytest.raises(OSError) as caught:
