@@ -320,8 +320,8 @@ def _check_max(max_packet: int, least: int = 1) -> int:
 
 
 def _check_whole(name: str, value: Any, least: int, most: Optional[int] = None) -> None:
-    """TypeError for what is no whole number, ValueError for one that is out of range."""
-    if not isinstance(value, int):
+    """TypeError for what is no whole number (True is none), ValueError for one that is out of range."""
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError("%s must be a whole number, not %r" % (name, value))
     if value < least or most is not None and value > most:
         raise ValueError("%s is %d; it must be %d %s" % (name, value, least, "or more" if most is None else "to %d" % most))
@@ -3633,6 +3633,21 @@ def _unix_family() -> int:
     return int(socket.AF_UNIX)
 
 
+def _path_of(name: str, value: Any) -> str:
+    """A path as str; TypeError for what is none."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError("%s must be a path, not %r" % (name, value))
+    return os.fsdecode(value)
+
+
+def _resolve_own(host: str, port: int) -> Tuple[Any, ...]:
+    """What getaddrinfo says first of an address to listen on. Raises OSError for any name that is none, `a..b` too."""
+    try:
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+    except ValueError as error:             # a label that is empty or too long, a NUL
+        raise socket.gaierror(socket.EAI_NONAME, "there is no such name: %s" % error) from None
+
+
 _hosts: Dict[str, str] = {}         # {address: the same string}
 
 
@@ -4302,7 +4317,7 @@ class Communicator:
         with self.queue._lock:
             return [connector for connector in self.queue._connectors if connector.communicator is self]
 
-    def listen(self, port: int = 0, host: str = DEFAULT_HOST, *, unix: str = "", backlog: int = 1024,
+    def listen(self, port: int = 0, host: str = DEFAULT_HOST, *, unix: Union[str, os.PathLike[str]] = "", backlog: int = 1024,
                thread: Optional[int] = None, client_thread: Optional[int] = None,
                serve: Optional[Communicator] = None) -> Listener:
         """Listen on *host*:*port*, at once; call it as often as needed (A5). Port 0: the system chooses.
@@ -4312,13 +4327,16 @@ class Communicator:
         *thread*: the number of the worker that accepts, *client_thread*: of the one that gets the sessions (E2); without it
         that is *thread*, and without both they go round; a completion port picks threads itself and heeds neither.
         *serve*: another Communicator that gets the sessions (I6).
-        Raises OSError when the address cannot be had, RuntimeError when the Communicator is closed.
+        Raises OSError when the address cannot be had, RuntimeError when the Communicator or *serve* is closed.
         """
         serve = self if serve is None else serve
         _check_kind("serve", serve, Communicator)
         _check_kind("host", host, str)
         _check_whole("port", port, 0, 65535)            # getaddrinfo would take 65537 for 1
-        _check_whole("backlog", backlog, 0)
+        _check_whole("backlog", backlog, 0, (1 << 31) - 1)          # a C int
+        unix = _path_of("unix", unix)
+        if "\0" in unix:
+            raise ValueError("unix is %r; it must be the path of a file, without NUL" % unix)
         for what, number in (("thread", thread), ("client_thread", client_thread)):
             if number is not None:
                 _check_whole(what, number, 0)
@@ -4332,10 +4350,9 @@ class Communicator:
             if unix:
                 family = _unix_family()
             else:
-                family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM, 0,
-                                                              socket.AI_PASSIVE)[0]
+                family, _, _, _, address = _resolve_own(host or "0.0.0.0", port)
             with self._lock:
-                if self.closing:
+                if self.closing or serve.closing:
                     raise RuntimeError("the Communicator is closed")
                 self.queue.engine.listen(listener, family, address, backlog, thread)
                 listener.address = unix or listener.socket.getsockname()[:2]
@@ -4349,8 +4366,9 @@ class Communicator:
         return listener
 
     def connect(self, host: str, port: int = 0, *, timeout: float = 10.0,
-                reconnect: Union[bool, Tuple[float, float]] = False, unix: str = "", thread: Optional[int] = None,
-                tag: Any = None, on_failure: Optional[Callable[[Connector, BaseException], Any]] = None) -> Connector:
+                reconnect: Union[bool, Tuple[float, float]] = False, unix: Union[str, os.PathLike[str]] = "",
+                thread: Optional[int] = None, tag: Any = None,
+                on_failure: Optional[Callable[[Connector, BaseException], Any]] = None) -> Connector:
         """Connect out (A8), without waiting for it. Each connection is a new Session given to on_connect.
 
         *timeout*: seconds for resolving and connecting. *reconnect*: True, or (first, longest) pause in seconds between
@@ -4359,6 +4377,7 @@ class Communicator:
         An attempt fails, too, when it was connected to itself, which happens at a local port at which nobody listens.
         Raises RuntimeError when the Communicator is closed or its queue has stopped.
         """
+        unix = _path_of("unix", unix)
         if unix:
             _unix_family()
         else:
@@ -5028,6 +5047,10 @@ def _endpoint(text: str, least: int) -> Tuple[str, Any]:
         wrong = ":" in host
     if wrong or "[" in host or "]" in host or not _is_number(port) or not least <= int(port) <= 65535:
         raise _Wrong("host:port, [IPv6 address]:port, port or unix:path, several with commas; port %d to 65535" % least)
+    try:
+        host.encode("idna")                 # as getaddrinfo does
+    except UnicodeError as error:
+        raise _Wrong("a host of labels of 1 to 63 characters between its dots") from error
     return "tcp", (host, int(port))
 
 
@@ -5410,8 +5433,6 @@ def _build_communicator(ini: _Ini, number: int, manager: SessionManager,
                 acceptor.listen(unix=address, serve=communicator)
             else:
                 acceptor.listen(address[1], address[0], serve=communicator)
-        except ValueError as error:         # a label of more than 63 characters, a NUL
-            raise ini.wrong("COMUNICATOR_n", number, "LISTEN", "there is no such address: %s" % error) from error
         except OSError as error:
             where = "%s: [%s] LISTEN" % (ini.file, ini.name("COMUNICATOR_n", number))
             raise OSError(error.errno, "%s: %s" % (where, error.strerror)) from error

@@ -872,7 +872,7 @@ def test_ipv6(serve, harness):
 def test_unix_socket(serve, harness, tmp_path):
     path = str(tmp_path / "server")
     server = serve(listen=False)
-    listener = server.communicator.listen(unix=path)
+    listener = server.communicator.listen(unix=tmp_path / "server")
     assert listener.address == path
     client = harness.connect(listener)
     client.sendall(frame(b"unix"))
@@ -880,7 +880,7 @@ def test_unix_socket(serve, harness, tmp_path):
     got = Log()
     other = serve(on_packet=lambda session, packet: got.add(packet), listen=False,
                   on_connect=lambda session: session.send(b"out"))
-    connector = other.communicator.connect("", unix=path)
+    connector = other.communicator.connect("", unix=tmp_path / "server")
     assert got.wait() == [b"out"]
     assert connector.session.peer == path
     client.close()
@@ -951,7 +951,9 @@ def test_a_wrong_argument_is_refused_by_its_name_when_it_is_given(settings, name
     (lambda server: leviathan.Communicator(leviathan.Raw, leviathan.echo), "framing"),
     (lambda server: server.listen(serve=5), "serve"), (lambda server: server.listen(backlog="x"), "backlog"),
     (lambda server: server.listen(0, 5), "host"), (lambda server: server.listen(thread="1"), "thread"),
-    (lambda server: server.listen(client_thread=-1), "client_thread"),
+    (lambda server: server.listen(client_thread=-1), "client_thread"), (lambda server: server.listen(True), "port"),
+    (lambda server: server.listen(backlog=1 << 40), "backlog"), (lambda server: server.listen(unix=5), "unix"),
+    (lambda server: server.listen(unix="\0x"), "unix"), (lambda server: server.connect("", unix=5), "unix"),
     (lambda server: server.connect(5, 1), "host"), (lambda server: server.connect("x", 1, thread="1"), "thread"),
     (lambda server: server.connect("x", 1, timeout="5"), "timeout"),
     (lambda server: server.connect("x", 1, timeout=0), "timeout"),
@@ -985,8 +987,17 @@ def test_a_listen_that_fails_names_the_address(serve):
     with pytest.raises(OSError, match="cannot listen on %s:%d: " % (host, port)) as raised:
         server.communicator.listen(port, host)
     assert raised.value.errno == errno.EADDRINUSE
-    with pytest.raises(OSError, match="cannot listen on nowhere.invalid:1: "):
-        server.communicator.listen(1, "nowhere.invalid")
+    for name in ("nowhere.invalid", "a..b"):
+        with pytest.raises(OSError, match="cannot listen on %s:1: " % name):
+            server.communicator.listen(1, name)
+
+
+def test_a_closed_communicator_serves_no_listener(serve):
+    gate, closed = serve(listen=False), serve(listen=False)
+    closed.communicator.close()
+    for listening, serving in ((closed, closed), (gate, closed), (closed, gate)):
+        with pytest.raises(RuntimeError, match="closed"):
+            listening.communicator.listen(0, serve=serving.communicator)
 
 
 def test_only_functions_are_posted_and_planned(harness):
