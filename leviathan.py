@@ -5042,7 +5042,8 @@ def _endpoint(text: str, least: int) -> Tuple[str, Any]:
         port = text
     host = host or DEFAULT_HOST             # `:7878` too: all addresses of the machine are asked for by name
     if host[:1] + host[-1:] == "[]":
-        host, wrong = host[1:-1], False
+        host = host[1:-1]
+        wrong = not host                    # to the system it would be all addresses of the machine
     else:
         wrong = ":" in host
     if wrong or "[" in host or "]" in host or not _is_number(port) or not least <= int(port) <= 65535:
@@ -5239,11 +5240,15 @@ def _without_comment(value: str) -> str:
 def _report_near(path: str, name: str) -> None:
     """A section that is nearly one of ours is left alone, like any other that is not, but hardly on purpose."""
     import difflib
-    base = name.strip().upper().rstrip("_0123456789")
+    name = name.strip()
+    base = name.upper().rstrip("_0123456789")
     near = difflib.get_close_matches(base, _BASES + tuple(_SECTION_ALIASES), 1, 0.8)
     if near:
-        _log().warning("%s: [%s] is no section of leviathan, and left alone; did you mean [%s]?", path, name,
-                       near[0] + name.strip()[len(base):])
+        number = name[len(base):].strip("_")
+        meant = near[0]
+        if number and _table_section(meant + "_0")[0]:      # the others have no number
+            meant += "_" + number
+        _log().warning("%s: [%s] is no section of leviathan, and left alone; did you mean [%s]?", path, name, meant)
 
 
 def _read_ini(path: str, text: Optional[str] = None) -> _Ini:
@@ -5454,7 +5459,7 @@ SIZE_BYTES = 4
 [COMUNICATOR]
 COUNT = 1
 [COMUNICATOR_0]
-LISTEN = {host}:{port}
+LISTEN = [{host}]:{port}
 HANDLER = leviathan:echo
 """
 
@@ -5618,8 +5623,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             return _serve(_read_ini(options.file), options.file, options.check)
         else:
             host = options.host or DEFAULT_HOST
-            text = _EMBEDDED_INI.format(host="[%s]" % host if ":" in host else host,
-                                        port=DEFAULT_PORT if options.port is None else options.port)
+            text = _EMBEDDED_INI.format(host=host, port=DEFAULT_PORT if options.port is None else options.port)
             return _serve(_read_ini("the embedded INI", text), "the embedded INI", False, _HINT)
     except (LeviathanError, OSError, RuntimeError) as error:        # RuntimeError: no thread can be had
         message = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error

@@ -175,6 +175,7 @@ def test_it_listens_connects_and_calls_the_named_functions(tmp_path):
     ("[COMUNICATOR_0]\nCONNECT = nohost\n", ["CONNECT=nohost", "port 1 to 65535"]),
     ("[COMUNICATOR_0]\nLISTEN = 1\nCLIENT_SESSION_MAX = 0\n", ["CLIENT_SESSION_MAX=0", "1 or more"]),
     ("[COMUNICATOR_0]\nLISTEN = [::1:0\n", ["LISTEN=[::1:0", "[IPv6 address]:port"]),
+    ("[COMUNICATOR_0]\nLISTEN = []:7878\n", ["LISTEN=[]:7878", "[IPv6 address]:port"]),
     ("[COMUNICATOR_0]\nLISTEN = ..:1\n", ["LISTEN=..:1", "labels of 1 to 63"]),
     ("[COMUNICATOR_0]\nCONNECT = 127.0.0.1:0\n", ["CONNECT=127.0.0.1:0", "port 1 to 65535"]),
     ("[HEADER]\nTYPE = delimiter\nDELIMITER = \\q\n[COMUNICATOR_0]\n", ["DELIMITER=\\q", "are understood"]),
@@ -244,6 +245,13 @@ def test_sections_that_are_not_used_are_told_of(tmp_path, caplog):
     assert len(told) == 3 and all("x.ini" in line for line in told)
     assert "did you mean [SESSION]?" in told[0] and "[IOCP0]" in told[1]
     assert "COUNT is 1: not used: [COMUNICATOR_4]" in told[2]
+
+
+@pytest.mark.parametrize("name, meant", [("COMUNICATOR1", "COMUNICATOR_1"), ("COMMUNICATR_7", "COMMUNICATOR_7"),
+                                         ("IOCP__2", "IOCP_2"), ("SESSION_1", "SESSION"), ("sesion", "SESSION")])
+def test_a_section_that_is_nearly_one_of_ours_is_told_of_with_the_right_name(tmp_path, caplog, name, meant):
+    build(tmp_path, "[%s]\n" % name)
+    assert [line.getMessage().partition("; ")[2] for line in caplog.records] == ["did you mean [%s]?" % meant]
 
 
 def test_a_delimiter_is_the_bytes_that_stand_in_the_file(tmp_path):

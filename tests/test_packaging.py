@@ -407,6 +407,11 @@ def test_a_core_and_an_engine_of_two_versions_say_so(tmp_path):
     assert status == 1 and ENGINE + ".py is of leviathan " in err.splitlines()[-1] and "copy both" in err.splitlines()[-1]
 
 
+def test_a_host_is_a_host_whatever_it_is_called(tmp_path):
+    status, out, err = outcome(tmp_path, "--host", "unix", "--port", 7)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "unix:7" in err
+
+
 def test_a_system_without_threads_is_one_line_and_status_2(tmp_path):
     code = ("import sys, threading; sys.path.insert(0, %r); import leviathan\n"
             "def start(thread):\n    raise RuntimeError(\"can't start new thread\")\n"
