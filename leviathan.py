@@ -5206,13 +5206,14 @@ def _row_section(section: str) -> str:
 def _plain_lines(text: str, path: str) -> Iterator[str]:
     """The lines as configparser wants them: not indented, which would make them part of the one before; no comment behind a ].
 
-    Raises ConfigError for what it would take otherwise than it was meant: text behind a section's name, a key that a section
-    of ours has twice.
+    Of other programs' sections only the names are left, since what is in them need not be what configparser reads. Raises
+    ConfigError for what it would take otherwise than it was meant: text behind a section's name, a key that a section of ours
+    has twice.
     """
-    name = ""
+    name: Optional[str] = None
     section: Tuple[str, Optional[int]] = "", None
     lines: Dict[Tuple[str, Optional[int], str], int] = {}       # {(section, number, key): its line}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):         # splitlines() would take U+2028 and a form feed for an end
         line = line.strip()
         if line.startswith("["):
             line = line.split("#")[0].split(";")[0].strip()
@@ -5221,7 +5222,11 @@ def _plain_lines(text: str, path: str) -> Iterator[str]:
             section = _table_section(name)
             if not line.endswith("]") and (ours or section[0]):         # within those of other programs it is their affair
                 raise ConfigError("line %d is neither a section nor key=value: %s" % (number, line), file=path)
-        elif line[:1] not in ("#", ";", "") and section[0]:
+            if not section[0]:
+                line = "[%s]" % (name.replace("]", ")").strip() or "-")     # what configparser takes for one as well
+        elif name is not None and not section[0]:
+            line = ""
+        elif name is not None and line[:1] not in ("#", ";", ""):
             key = line.partition("=")[0].strip().upper()
             before = lines.setdefault(section + (key,), number)
             if before != number:
@@ -5484,9 +5489,9 @@ def _ini_reference() -> str:
     lines = ["# INI reference", "", "Made from the table in `leviathan.py` by `python leviathan.py config --markdown`.", "",
              "A size is bytes, or has `k`, `m` or `g` behind it. Keys and sections may be in any case; `[QUEUE]` is "
              "`[IOCP]`, `[COMMUNICATOR]` is `[COMUNICATOR]`. An unknown key in these sections is an error, and so is one that "
-             "stands there twice; other sections are left alone. An empty value is the default. `#` begins a comment, at a "
-             "line's start or after a space. An address without a host, `7878`, is 127.0.0.1; `0.0.0.0:7878` and `[::]:7878` "
-             "are all addresses of the machine."]
+             "stands there twice; other sections are left alone. A key with an empty value is one that is not there. `#` "
+             "begins a comment, at a line's start or after a space. An address without a host, `7878`, is 127.0.0.1; "
+             "`0.0.0.0:7878` and `[::]:7878` are all addresses of the machine."]
     section = ""
     for row in _SETTINGS:
         if row.section != section:

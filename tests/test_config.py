@@ -237,6 +237,13 @@ def test_what_another_program_writes_is_left_alone(tmp_path):
     assert len(servers) == 1
 
 
+@pytest.mark.parametrize("foreign", ["a = 1\n  = b", "========", "= x", "a = 1\u2028LISTEN", "a = 1\f[SESSION] x", "a = \x1c[",
+                                     "[]", "[", "[HEADER]x]", "[[x]\n]]", "a\n  b\n\n  = c", "=", "\ufeff[x"])
+def test_what_configparser_cannot_read_of_another_program_is_left_alone_too(tmp_path, foreign):
+    servers = build(tmp_path, "[SESSION]\nSESSION_MAX = 7\n[OTHER]\n%s\n[COMUNICATOR_0]\nIDLE_TIMEOUT = 5\n" % foreign)
+    assert [server.idle_timeout for server in servers] == [5] and servers[0].manager.max_sessions == 7
+
+
 def test_sections_that_are_not_used_are_told_of(tmp_path, caplog):
     """Too small a COUNT, and a name that is nearly one of ours; not that of another program."""
     text = "[COMUNICATOR]\nCOUNT = 1\n[COMUNICATOR_0]\n[COMUNICATOR_4]\n[SESION]\n[IOCP0]\n[LOG]\n[PROGRAM]\n"
