@@ -5360,8 +5360,12 @@ def _manager_of(ini: _Ini) -> SessionManager:
         others = total - size * classes[size]
         raise ini.wrong("MPOOL", None, "IDX_BUF_" + name, "all together are %d bytes, over MEMORY_LIMIT" % total,
                         "0 to %d with this MEMORY_LIMIT, %d" % (max(0, limit - others) // size, limit))
-    return SessionManager(ini.get("SESSION", None, "SESSION_MAX"), receive, classes,
-                          ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), limit)
+    try:
+        return SessionManager(ini.get("SESSION", None, "SESSION_MAX"), receive, classes,
+                              ini.get("SESSION", None, "NR_SEND_SOCKETDATA"), limit)
+    except MemoryError as error:
+        raise ConfigError("there is no memory for %d bytes of buffers" % total, file=ini.file,
+                          section=ini.name("MPOOL", None)) from error
 
 
 def _build(ini: _Ini, handlers: Dict[int, Any], bind: bool = True) -> CommunicatorList:
@@ -5539,6 +5543,12 @@ def _bundle(path: str) -> None:
         raise OSError(error.errno, error.strerror, path) from error
 
 
+def _print(text: str) -> None:
+    """Print a line, if there is a stdout; what it cannot encode is escaped, as on stderr."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
     used = ini.communicators()
     for number in used:
@@ -5548,16 +5558,16 @@ def _serve(ini: _Ini, path: str, check: bool, hint: str = "") -> int:
         raise ConfigError("there is nothing to serve: no [COMUNICATOR_n] has LISTEN or CONNECT", file=path)
     servers = _build(ini, {}, not check)
     if check:
-        print("%s is right" % path)
+        _print("%s is right" % path)
         return 0
 
     def ready() -> None:
         for communicator in servers:
             for listener in communicator.listeners:
-                print("listening on %s" % _address_text(listener.address), flush=True)
+                _print("listening on %s" % _address_text(listener.address))
         if hint:
             address = servers[0].listeners[0].address
-            print(hint % {"host": address[0], "port": address[1]}, flush=True)
+            _print(hint % {"host": address[0], "port": address[1]})
 
     return 0 if servers.run(on_ready=ready) else 1
 
@@ -5619,10 +5629,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         if options.command == "config":
+            if sys.stdout is None:
+                raise LeviathanError("there is no stdout to print to")
             sys.stdout.write(_ini_reference() if options.markdown else _default_ini())
         elif options.command == "bundle":
             _bundle(options.path)
-            print("wrote %s" % options.path)
+            _print("wrote %s" % options.path)
         elif options.command == "serve":
             sys.path.insert(0, os.path.dirname(os.path.abspath(options.file)))      # handlers stand beside their INI
             return _serve(_read_ini(options.file), options.file, options.check)
@@ -5634,6 +5646,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         message = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
         print("leviathan: %s" % message, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:               # at the start, or the third one: the second makes a stop wait no longer
+        print("leviathan: interrupted", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -334,6 +334,15 @@ def test_an_address_without_a_host_is_this_machine_alone(tmp_path):
         assert servers.stop()
 
 
+def test_buffers_for_which_there_is_no_memory_are_a_config_error(tmp_path, monkeypatch):
+    def manager(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(leviathan, "SessionManager", manager)
+    error = wrong(tmp_path, "[MPOOL]\nIDX_BUF_2m = 100\n")
+    assert error.section == "MPOOL" and "no memory for 209715200 bytes" in str(error)
+
+
 def test_messages_have_the_name_that_the_file_has(tmp_path):
     servers = build(tmp_path, "[COMMUNICATOR_3]\nHANDLER = leviathan:echo\n")
     assert servers[0].name == "COMMUNICATOR_3"

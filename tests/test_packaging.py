@@ -419,6 +419,32 @@ def test_a_system_without_threads_is_one_line_and_status_2(tmp_path):
     assert run("-c", code, cwd=tmp_path) == (2, "", "leviathan: can't start new thread\n")
 
 
+def test_a_path_that_stdout_cannot_encode_is_printed_all_the_same(tmp_path):
+    folder = tmp_path / "\u0416\u043e\u0440\u0430"
+    folder.mkdir()
+    (folder / "my.ini").write_text("[COMUNICATOR_0]\nHANDLER=leviathan:echo\nLISTEN=0\n")
+    program, encoding = os.path.join(ROOT, "leviathan.py"), dict(os.environ, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    for arguments, word in ((["serve", "--check", folder / "my.ini"], "my.ini is right"),
+                            (["bundle", folder / "leviathan.py"], "wrote")):
+        status, out, err = run(program, *arguments, cwd=tmp_path, env=encoding)
+        assert (status, err) == (0, "") and word in out and "\\u0416\\u043e" in out, out
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["config", "--markdown"]])
+def test_a_configuration_without_a_stdout_is_one_line_and_status_2(tmp_path, arguments):
+    code = "import sys; sys.path.insert(0, %r); import leviathan; sys.stdout = None; sys.exit(leviathan.main(%r))"
+    assert run("-c", code % (ROOT, arguments), cwd=tmp_path) == (2, "", "leviathan: there is no stdout to print to\n")
+
+
+def test_a_stop_that_is_interrupted_once_more_is_one_line_and_status_1(tmp_path):
+    code = ("import sys; sys.path.insert(0, %r); import leviathan\n"
+            "def stop(servers, timeout):\n    raise KeyboardInterrupt\n"
+            "leviathan.CommunicatorList.stop = stop\nsys.exit(leviathan.main(['--port', '0']))" % ROOT)
+    with Program("-c", code, cwd=tmp_path) as server:
+        status, _, err = server.end()
+        assert (status, err) == (1, "leviathan: interrupted\n")
+
+
 def test_bad_usage_is_status_2(tmp_path):
     assert outcome(tmp_path, "nonsense")[0] == 2
     assert outcome(tmp_path, "serve")[0] == 2
