@@ -4866,7 +4866,8 @@ class CommunicatorList:
     def from_ini(cls, path: Union[str, os.PathLike[str]], handlers: Optional[Dict[int, Any]] = None) -> CommunicatorList:
         """Everything that an INI file describes (docs/ini.md), listening already and not yet started.
 
-        *handlers*: {n of [COMUNICATOR_n]: on_packet function}, for sections without HANDLER. Raises ConfigError, OSError.
+        *handlers*: {n of [COMUNICATOR_n]: on_packet function}, for sections without HANDLER. Modules are imported as by the
+        program itself; those beside the file are found by `serve` alone. Raises ConfigError, OSError.
         """
         return _build(_read_ini(os.fspath(path)), handlers or {})
 
