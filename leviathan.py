@@ -5533,14 +5533,27 @@ def _bundle(path: str) -> None:
         engines += ["_BUNDLED[%r] = (%d, r'''" % (name, line)] + text.rstrip("\n").split("\n") + ["''')"]
     if not engines:
         raise LeviathanError("there is no engine beside %s to put into the bundle" % os.path.abspath(__file__))
-    part = path + ".part"                       # a bundle that is half there is none
+    _replace(path, "\n".join(lines[:at + 1] + engines + lines[at + 1:]))
+
+
+def _replace(path: str, text: str) -> None:
+    """Write a file whole or not at all, with the mode of the one that was there."""
+    there = os.path.exists(path)
+    if there and not os.path.isfile(path):
+        raise LeviathanError("%s is no regular file" % path)
+    part = "%s.%d.part" % (path, os.getpid())
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines[:at + 1] + engines + lines[at + 1:]))
-        os.replace(part, path)
-    except OSError as error:
-        if os.path.exists(part):
+        file = open(part, "x", encoding="utf-8")        # never a file of the user's
+        try:
+            with file:
+                file.write(text)
+            if there:
+                os.chmod(part, os.stat(path).st_mode & 0o7777)
+            os.replace(part, path)
+        except BaseException:
             os.remove(part)
+            raise
+    except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
 
 

@@ -399,6 +399,23 @@ def test_a_bundle_does_not_overwrite_what_it_is_made_of(tmp_path, name):
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(MODULES)      # nothing is left of the attempt
 
 
+def test_a_bundle_replaces_a_file_with_its_mode_and_touches_no_other_one(tmp_path):
+    (tmp_path / "one.py").write_text("old")
+    (tmp_path / "one.py.part").write_text("mine")
+    (tmp_path / "one.py").chmod(0o700)
+    mode = (tmp_path / "one.py").stat().st_mode
+    assert run(os.path.join(ROOT, "leviathan.py"), "bundle", "one.py", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "one.py").stat().st_mode == mode and len((tmp_path / "one.py").read_bytes()) > 100000
+    assert (tmp_path / "one.py.part").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_bundle_replaces_no_pipe(tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    status, _, err = run(os.path.join(ROOT, "leviathan.py"), "bundle", "pipe", cwd=tmp_path)
+    assert status == 2 and "pipe is no regular file" in err and (tmp_path / "pipe").is_fifo()
+
+
 def test_a_core_and_an_engine_of_two_versions_say_so(tmp_path):
     copy_to(tmp_path)
     core = tmp_path / "leviathan.py"
