@@ -681,6 +681,22 @@ def test_packets_that_cannot_grow_stay_within_the_memory_limit_and_end_in_time(s
     assert serves_lines(server.client())
 
 
+def test_one_receive_of_a_packet_of_unknown_length_is_bounded(serve):
+    """What a framing has to look at comes in pieces, however large the RecvBuf has become: others wait meanwhile."""
+    pieces = []
+
+    class Watched(Delimited):
+        def parse(self, buffer, start, end, seen=0):
+            pieces.append(end - start - seen)
+            return super().parse(buffer, start, end, seen)
+
+    server = serve(Watched(b"\n", max_packet=1 << 23), lambda session, packet: session.send(b"%d" % len(packet)))
+    client = server.client()
+    client.sendall(b"x" * (6 << 20) + b"\n")
+    assert read_exactly(client, 8) == b"6291456\n"
+    assert max(pieces) <= leviathan.RECEIVE_MAX
+
+
 def serves_lines(client):
     client.sendall(b"alive\n")
     return read_exactly(client, 6) == b"alive\n"
