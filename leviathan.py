@@ -4227,7 +4227,11 @@ class Listener:
         self.address: Any = None
 
     def __repr__(self) -> str:
-        return "<Listener %s>" % _address_text(self.address)
+        return "<Listener %s>" % self
+
+    def __str__(self) -> str:
+        """host:port, [host]:port, or a unix socket's path."""
+        return _address_text(self.address)
 
     def rearm(self) -> None:
         """There is room again."""
