@@ -41,14 +41,14 @@ def main():
     options.add_argument("--idle", type=float, default=600.0, help="seconds of silence after which one is out")
     args = options.parse_args()
 
-    chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_connect=on_connect,
-                                  on_disconnect=on_disconnect, idle_timeout=args.idle)
     try:
+        chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_connect=on_connect,
+                                      on_disconnect=on_disconnect, idle_timeout=args.idle)
         listener = chat.listen(args.port, args.host)
-    except (OSError, ValueError) as error:      # the port is taken, or there is no such address
+    except (OSError, ValueError) as error:      # the port is taken, or there is no such address or time
         options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
-    leviathan.run(chat, on_ready=lambda: print("chat_server listens on %s:%d" % listener.address, flush=True))
+    leviathan.run(chat, on_ready=lambda: print("chat_server listens on %s" % listener, flush=True))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,20 @@ import leviathan  # noqa: E402
 CHANNEL = "leviathan:chat"
 
 
+def address(text):
+    """host:port or [IPv6 address]:port; of a ValueError argparse makes a message, and exit status 2."""
+    host, _, port = text.rpartition(":")
+    if not host or not 0 < int(port) < 65536:
+        raise ValueError
+    return host.strip("[]"), int(port)
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=7878, help="0: the system chooses")
-    options.add_argument("--redis", default="127.0.0.1:6379", help="host:port")
+    options.add_argument("--redis", type=address, default="127.0.0.1:6379", metavar="HOST:PORT")
     args = options.parse_args()
-    redis_host, _, redis_port = args.redis.rpartition(":")
     queue = leviathan.EventQueue(1)                     # one thread serves the clients and the link
 
     # -- the link to Redis. In RESP3 one connection can subscribe and publish.
@@ -66,12 +73,12 @@ def main():
                                    queue=queue, max_clients=0)
     chat = leviathan.Communicator(leviathan.Delimited(b"\n", max_packet=1024), on_line, on_disconnect=on_disconnect,
                                   on_connect=lambda session: session.send(b"your name?"), queue=queue)
-    link = links.connect(redis_host, int(redis_port), reconnect=(0.1, 2.0))
+    link = links.connect(*args.redis, reconnect=(0.1, 2.0))
     try:
         listener = chat.listen(args.port, args.host)
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
-    leviathan.run(chat, links, on_ready=lambda: print("cluster_chat listens on %s:%d" % listener.address, flush=True))
+    leviathan.run(chat, links, on_ready=lambda: print("cluster_chat listens on %s" % listener, flush=True))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main():
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
-    leviathan.run(server, on_ready=lambda: print("custom_header listens on %s:%d" % listener.address, flush=True))
+    leviathan.run(server, on_ready=lambda: print("custom_header listens on %s" % listener, flush=True))
 
 
 if __name__ == "__main__":

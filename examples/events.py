@@ -17,6 +17,8 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seconds", type=float, default=1.0, help="how long it runs")
     args = options.parse_args()
+    if not args.seconds > 0:
+        options.exit(2, "--seconds is %s; it must be more than 0\n" % args.seconds)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *unused: done.set())

@@ -43,7 +43,10 @@ def main():
         client.close()
 
     client = leviathan.Communicator(leviathan.Http("client"), on_response, on_connect=on_connect, on_disconnect=on_disconnect)
-    client.connect(args.host, args.port, timeout=5, on_failure=on_failure)
+    try:
+        client.connect(args.host, args.port, timeout=5, on_failure=on_failure)
+    except ValueError as error:             # there is no such port
+        options.exit(2, "%s\n" % error)
     leviathan.run(client)
     if problems:
         sys.exit(problems[0])

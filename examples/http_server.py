@@ -50,7 +50,7 @@ def main():
         listener = server.listen(args.port, args.host)
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
-    leviathan.run(server, later, on_ready=lambda: print("http_server listens on http://%s:%d/" % listener.address, flush=True))
+    leviathan.run(server, later, on_ready=lambda: print("http_server listens on http://%s/" % listener, flush=True))
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ def main():
     try:
         servers = leviathan.CommunicatorList.from_ini(args.ini, handlers={1: shout})
         servers.by_number[1].listen(args.port, args.host)
-    except (leviathan.ConfigError, OSError) as error:
+    except (leviathan.ConfigError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
     def ready():                            # all threads run, and signals are heeded
         for number, server in sorted(servers.by_number.items()):
             for listener in server.listeners:
-                print("[COMUNICATOR_%d] listens on %s:%d" % ((number,) + listener.address), flush=True)
+                print("[COMUNICATOR_%d] listens on %s" % (number, listener), flush=True)
 
     servers.run(on_ready=ready)
 

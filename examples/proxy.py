@@ -38,17 +38,24 @@ def part(session, reason, error):               # on_disconnect, for either side
         session.data.abort()                    # a broken connection is passed on as one
 
 
+def address(text):
+    """host:port or [IPv6 address]:port; of a ValueError argparse makes a message, and exit status 2."""
+    host, _, port = text.rpartition(":")
+    if not host or not 0 < int(port) < 65536:
+        raise ValueError
+    return host.strip("[]"), int(port)
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=7879, help="0: the system chooses")
-    options.add_argument("--target", default="127.0.0.1:7878", metavar="HOST:PORT")
+    options.add_argument("--target", type=address, default="127.0.0.1:7878", metavar="HOST:PORT")
     args = options.parse_args()
-    host, _, port = args.target.rpartition(":")
 
     def on_client(client):
         client.pause()                          # nothing is read before there is somewhere to put it
-        client.tag = targets.connect(host, int(port), tag=client, timeout=5,
+        client.tag = targets.connect(*args.target, tag=client, timeout=5,
                                      on_failure=lambda connector, error: client.abort())
 
     def on_target(target):
@@ -64,7 +71,7 @@ def main():
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
     # Runs until Ctrl-C or SIGTERM, then lets queued bytes leave.
-    leviathan.run(clients, targets, on_ready=lambda: print("proxy listens on %s:%d" % listener.address, flush=True))
+    leviathan.run(clients, targets, on_ready=lambda: print("proxy listens on %s" % listener, flush=True))
 
 
 if __name__ == "__main__":

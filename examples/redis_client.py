@@ -48,8 +48,11 @@ def main():
 
     client = leviathan.Communicator(redis, lambda session, reply: None, on_connect=on_connect,
                                     on_disconnect=on_disconnect, queue=leviathan.EventQueue(1))
-    link = client.connect(args.host, args.port, reconnect=(0.1, 2.0))
-    client.queue.every(args.every, pipeline)
+    try:
+        link = client.connect(args.host, args.port, reconnect=(0.1, 2.0))
+        client.queue.every(args.every, pipeline)
+    except ValueError as error:                     # there is no such port, or no such pause
+        options.exit(2, "%s\n" % error)
     leviathan.run(client)
 
 

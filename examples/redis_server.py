@@ -575,7 +575,7 @@ def main():
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
     queue.every(1.0, expire)
-    leviathan.run(server, on_ready=lambda: print("redis_server listens on %s:%d" % listener.address, flush=True))
+    leviathan.run(server, on_ready=lambda: print("redis_server listens on %s" % listener, flush=True))
 
 
 if __name__ == "__main__":

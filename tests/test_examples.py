@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from conftest import STOPS, WINE, Child, connect, frame, read_exactly, read_frame, read_to_end
+from test_sessions import has_ipv6
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EXAMPLES = os.path.join(ROOT, "examples")
@@ -139,8 +140,14 @@ def test_chat_server(tmp_path):
             assert server.end() == (0, "", "")
 
 
+def upstream_is_there(server):
+    """Wait for roles.py's second line."""
+    assert server.process.stdout.readline() == "the upstream is there\n"
+
+
 def test_roles(tmp_path):
     with example(tmp_path, "roles.py", "--port", 0) as server:
+        upstream_is_there(server)
         with server.client() as one, server.client() as two:
             for number in range(20):
                 one.sendall(b"one %d\n" % number)
@@ -161,23 +168,49 @@ def test_roles_when_the_upstream_goes_and_comes_back(tmp_path):
         with example(tmp_path, "roles.py", "--port", 0, "--upstream", where) as server:
             there.join()
             upstream, _ = listening.accept()
+            upstream_is_there(server)
             with server.client() as client:
                 client.sendall(b"hello\n")
                 upstream.settimeout(PATIENCE)
                 assert lines_of(upstream, 1) == [b"1 hello"]
                 upstream.sendall(b"9 nobody's\n1 answer\n")
                 assert lines_of(client, 1) == [b"answer"]
+                client.sendall(b"unanswered\n")
+                assert lines_of(upstream, 1) == [b"2 unanswered"]
                 upstream.close()
+                assert lines_of(client, 1) == [b"the upstream is down"]
                 upstream, _ = listening.accept()
                 with upstream:
                     upstream.settimeout(PATIENCE)
-                    assert server.next_address() == server.address
+                    upstream_is_there(server)
                     client.sendall(b"again\n")
-                    assert lines_of(upstream, 1) == [b"2 again"]
-                    upstream.sendall(b"2 yes\n")
+                    assert lines_of(upstream, 1) == [b"3 again"]
+                    upstream.sendall(b"3 yes\n")
                     assert lines_of(client, 1) == [b"yes"]
                 status, _, err = server.end()       # it may have come up once more meanwhile, and said so
                 assert (status, err) == (0, "")
+
+
+def test_roles_listens_without_its_upstream(tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        where = "127.0.0.1:%d" % nobody.getsockname()[1]
+        with example(tmp_path, "roles.py", "--port", 0, "--upstream", where) as server, server.client() as client:
+            client.sendall(b"hello\n")
+            assert lines_of(client, 1) == [b"the upstream is down"]
+            assert server.end() == (0, "", "")
+
+
+def test_roles_refuses_a_line_that_would_cost_all_the_upstream(tmp_path):
+    with example(tmp_path, "roles.py", "--port", 0) as server:
+        upstream_is_there(server)
+        with server.client() as one, server.client() as two:
+            one.sendall(b"x" * 65534 + b"\n")           # with its ticket it is longer than a line may be
+            assert lines_of(one, 1) == [b"this line is too long"]
+            for client in one, two:
+                client.sendall(b"hello\n")
+                assert lines_of(client, 1) == [b"HELLO"]
+        assert server.end() == (0, "", "")
 
 
 def test_events(tmp_path):
@@ -297,6 +330,27 @@ def test_a_port_in_use_is_one_line_and_status_2(tmp_path, name):
             status, out, err = program.result()
             assert (status, out, err.count("\n")) == (2, "", 1), (status, out, err)
             assert WINE or "in use" in err or "10048" in err, err
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("ini_server.py", ["--port", 70000]), ("echo_client.py", ["--port", 70000]), ("echo_client.py", ["--port", 0]),
+    ("http_client.py", ["--port", 70000]), ("http_client.py", ["--port", 0]), ("redis_client.py", ["--port", 70000]),
+    ("redis_client.py", ["--port", 0]), ("redis_client.py", ["--every", 0]), ("roles.py", ["--upstream", "foo"]),
+    ("roles.py", ["--upstream", "127.0.0.1:0"]), ("cluster_chat.py", ["--redis", "foo"]), ("proxy.py", ["--target", "foo"]),
+    ("events.py", ["--seconds", 0]), ("events.py", ["--seconds", -1]), ("events.py", ["--seconds", "nan"]),
+    ("chat_server.py", ["--port", 0, "--idle", -1]), ("chat_server.py", ["--port", 0, "--idle", "nan"])])
+def test_a_wrong_argument_is_told_of_and_status_2(tmp_path, name, arguments):
+    with example(tmp_path, name, *arguments, ready=False) as program:
+        status, out, err = program.result()
+        assert (status, out) == (2, "") and "Traceback" not in err, err
+        assert err.count("\n") == 1 or err.startswith("usage: "), err      # argparse has its own way
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_ready_line_has_an_ipv6_address_in_brackets(tmp_path):
+    with example(tmp_path, "echo_server.py", "--host", "::1", "--port", 0) as server:
+        assert re.search(r" \[::1\]:\d+\n$", server.line), server.line
+        assert server.end()[0] == 0
 
 
 def test_the_client_misses_answers_that_do_not_come(tmp_path):
