@@ -1995,6 +1995,7 @@ LINE_MAX = 1 << 16              # PROTO_INLINE_MAX_SIZE in Redis' server.h: 64 K
 ARGUMENTS_MAX = 1 << 20         # words of a command, as Redis' processMultibulkBuffer had it before 7.0
 SUBSCRIBED_MAX = 1 << 20        # subscriptions of a client; a server may confirm what nobody has asked for
 ALIKE_MAX = 256                 # keys with the same hash in a set or a map: each is compared with all those before it
+NUMBERS_MAX = 1 << 14           # keys of a set or a map that are no strings: 165,149 chosen numbers took 26 s, this many 0.2 s
 BIG_DIGITS = 4300               # of a RESP3 big number: what Python's int() takes (sys.int_info); more is slow, too
 
 
@@ -2124,6 +2125,9 @@ def _keys(values: List[Any]) -> List[Any]:
     """
     keys = list(map(_hashable, values))
     if len(keys) > ALIKE_MAX:
+        count = sum(not isinstance(key, (bytes, str)) for key in keys)
+        if count > NUMBERS_MAX:             # different hashes can be chosen so that they meet, too
+            raise FramingError("%d keys are no strings" % count)
         alike = max(Counter(map(hash, keys)).values())
         if alike > ALIKE_MAX:
             raise FramingError("%d keys have the same hash" % alike)
@@ -2865,7 +2869,9 @@ class Resp(StatefulFraming):
         if type(kind) is not bytes or kind not in _CONFIRMS:
             return
         prefix, adds = _CONFIRMS[kind]
-        channel = _hashable(push[1]) if len(push) > 1 else None
+        channel = push[1] if len(push) > 1 else None
+        if not isinstance(channel, (bytes, str, type(None))):       # a number's hash anybody can compute
+            raise FramingError("a channel is %s" % type(channel).__name__)
         if adds and len(state.subscribed) >= SUBSCRIBED_MAX:
             raise FramingError("over %d subscriptions are confirmed" % SUBSCRIBED_MAX)
         (state.subscribed.add if adds else state.subscribed.discard)((prefix, channel))

@@ -186,6 +186,30 @@ def test_numbers_with_the_same_hash_are_no_way_to_quadratic_time():
         assert replies(encoded(set(more), dict.fromkeys(more, 1))) == [set(more), dict.fromkeys(more, 1)]
 
 
+def test_numbers_whose_places_meet_are_no_way_to_quadratic_time():
+    """Their hashes differ, but where a set looks for room is as well known: 165,149 took 26 s."""
+    few = list(range(leviathan.NUMBERS_MAX))
+    many = few + [len(few)]
+    assert replies(encoded(set(few), dict.fromkeys(few, 1))) == [set(few), dict.fromkeys(few, 1)]
+    for value in set(many), dict.fromkeys(many, 1), set(few) | {True, None, 2.5}:
+        with pytest.raises(FramingError, match="keys are no strings"):
+            replies(encoded(value))
+    strings = {b"%d" % number for number in many} | {"%d" % number for number in many}
+    assert replies(encoded(strings)) == [strings]
+
+
+@pytest.mark.parametrize("channel", [b":1\r\n", b"(%d\r\n" % (1 << 70), b",1.5\r\n", b"*1\r\n:1\r\n", b"#t\r\n"])
+def test_a_channel_is_a_string(channel):
+    """Confirmed channels are kept in a set: 16,000 big numbers with one hash took seconds."""
+    for kind in b"subscribe", b"unsubscribe":
+        with pytest.raises(FramingError, match="a channel is "):
+            replies(b">3\r\n$%d\r\n%b\r\n" % (len(kind), kind) + channel + b":1\r\n")
+    wire = Wire(Resp("client"))
+    for right in b"$1\r\nc\r\n", b"+c\r\n", b"_\r\n":
+        wire.feed(b">3\r\n$9\r\nsubscribe\r\n" + right + b":1\r\n")
+    assert wire.protocol.subscribed == {(b"", b"c"), (b"", "c"), (b"", None)}
+
+
 def test_rule_an_inline_command_has_up_to_64_kib():
     assert commands(b"x" * 65534 + b"\r\n") == [[b"x" * 65534]]
     wire = Wire(Resp())
