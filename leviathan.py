@@ -2465,10 +2465,11 @@ class Resp(StatefulFraming):
     def _line(self, state: _RespState, data: bytes, pos: int, end: bytes, what: str) -> int:
         """Where the line at data[pos] ends, -1 if it does not yet. Only what is new is searched."""
         at = data.find(end, pos + max(0, state.seen - len(end) + 1))
-        if at < 0 or at - pos > self.max_line:
-            if len(data) - pos > self.max_line:
-                raise FramingError("too big " + what)
-            state.seen = len(data) - pos
+        stop = at if at >= 0 else len(data)
+        if stop - pos > self.max_line + data.endswith(b"\r", pos, stop):       # a CR may belong to the line's end
+            raise FramingError("too big " + what)
+        if at < 0:
+            state.seen = stop - pos
             return -1
         state.seen = 0
         return at

@@ -210,6 +210,16 @@ def test_a_channel_is_a_string(channel):
     assert wire.protocol.subscribed == {(b"", b"c"), (b"", "c"), (b"", None)}
 
 
+@pytest.mark.parametrize("role, data", [("server", b"a" * 16 + b"\r\n"), ("server", b"a" * 16 + b"\n"),
+                                        ("client", b"+" + b"a" * 15 + b"\r\n")])
+def test_rule_a_line_has_up_to_max_line_however_it_is_cut(role, data):
+    longer = data[:1] + data
+    for cut in range(len(data)):
+        assert len(Wire(Resp(role, max_line=16)).feed(data[:cut], data[cut:])) == 1
+        with pytest.raises(FramingError, match="too big"):
+            Wire(Resp(role, max_line=16)).feed(longer[:cut], longer[cut:])
+
+
 def test_rule_an_inline_command_has_up_to_64_kib():
     assert commands(b"x" * 65534 + b"\r\n") == [[b"x" * 65534]]
     wire = Wire(Resp())
