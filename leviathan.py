@@ -275,6 +275,10 @@ class StatefulFraming(Framing):
     what is received has to be read with the session's state.
     """
 
+    # More than high_water bytes unsent pause receiving: who does not read his answers may ask for no more. False for who asks
+    # himself: the peer may wait for him to read the answers before it reads on, and then both would wait for ever.
+    pauses_when_congested = True
+
     def begin(self, session: Session) -> None:
         """The connection is there; on_connect comes next."""
 
@@ -1044,6 +1048,7 @@ class Http(StatefulFraming):
         if not 0 <= max_body <= (1 << LARGEST_CLASS) - max_line - max_header - 4:
             raise ValueError("max_body is %r; header and body must be %d bytes at most" % (max_body, 1 << LARGEST_CLASS))
         self.role, self.client = role, role == "client"
+        self.pauses_when_congested = not self.client
         self.max_line, self.max_header, self.max_headers, self.max_body = max_line, max_header, max_headers, max_body
         self.max_pipelined, self.heads_kept = max_pipelined, heads_kept
         # The longest is a chunked one: what is around its chunks may take a max_header and more, its trailers one too.
@@ -2304,6 +2309,7 @@ class Resp(StatefulFraming):
         if not 1 <= max_depth <= 256:       # freezing keys recurses, and Python's own limit is 1000
             raise ValueError("max_depth is %r; it must be 1 to 256" % (max_depth,))
         self.role, self.client = role, role == "client"
+        self.pauses_when_congested = not self.client
         self.max_packet, self.max_line, self.max_depth = _check_max(max_packet, 16), max_line, max_depth
         self.on_push = on_push
         self._advance = self._value if self.client else self._command
@@ -3605,15 +3611,17 @@ class Session(Channel):
 class StatefulSession(Session):
     """A session of a StatefulFraming; `protocol` is that framing's own."""
 
-    __slots__ = ("protocol", "stateful")
+    __slots__ = ("protocol", "stateful", "pressed")
 
     protocol: Any
     stateful: StatefulFraming           # communicator.framing
+    pressed: bool                       # on_backpressure was told True, though receiving goes on
 
     def __init__(self, communicator: Communicator, index: int, kind: Kind, peer: Any) -> None:
         super().__init__(communicator, index, kind, peer)
         self.protocol = None
         self.stateful = communicator.framing            # type: ignore[assignment]
+        self.pressed = False
 
     def send(self, packet: Any, on_sent: Optional[OnSent] = None) -> bool:
         """Send *packet* as the framing does. Any thread; never waits. Otherwise like Session.send."""
@@ -3632,6 +3640,22 @@ class StatefulSession(Session):
                 _Core.on_failed(self.stateful.leaving, problem)
         if not owes:
             self.end(True, reason, None)
+
+    def congested(self) -> None:
+        """See Session.congested; a framing may have receiving go on."""
+        if self.stateful.pauses_when_congested:
+            super().congested()
+        elif not self.pressed:
+            self.pressed = True
+            self._tell_pressure(True)
+
+    def relieved(self) -> None:
+        """See Session.relieved."""
+        if self.pressed:
+            self.pressed = False
+            self._tell_pressure(False)
+        else:
+            super().relieved()
 
 
 def _unix_family() -> int:

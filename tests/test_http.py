@@ -1925,6 +1925,27 @@ def test_the_client_against_pythons_http_server(serve):
             thread.join()
 
 
+def test_a_client_gets_an_answer_that_comes_before_its_body_is_sent(serve):
+    """As a server gives it that takes no such body; receiving does not pause though nearly all of it is unsent."""
+    answers, pressure = Log(), Log()
+    client = serve(Http("client"), lambda session, response: answers.add(response.status), listen=False,
+                   on_backpressure=lambda session, congested: pressure.add(congested), send_limit=1 << 26)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(DEADLINE)
+        connector = client.communicator.connect(*listening.getsockname())
+        session = connector.wait(DEADLINE)
+        server = client.harness.keep(listening.accept()[0])
+        server.settimeout(DEADLINE)
+        assert session.send(Request("POST", "/", None, b"x" * (20 << 20)))
+        assert pressure.wait() == [True] and not session.paused
+        server.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
+        assert answers.wait() == [413]
+        read_exactly(server, 20 << 20)
+        assert pressure.wait(2) == [True, False]
+
+
 def test_a_session_that_was_waited_for_can_send(serve):
     """Its framing has begun before anybody gets it; else a thread that is fast enough would be told False."""
     begun, go = threading.Event(), threading.Event()

@@ -718,6 +718,19 @@ def test_a_client_that_pauses_loses_no_reply(harness):
     assert found.wait(6) == [["OK"], [b"a"], [5000], [[1]], [b"\r\n"], ["b"]]
 
 
+def test_a_client_reads_on_though_much_is_unsent(harness):
+    """Else a server that does not read before its replies are taken, and the client, wait for each other for ever."""
+    pressure, got = Log(), Log()
+    server = harness.serve(Resp(), lambda session, command: session.send(command[1]), send_limit=1 << 27)
+    link = Link(harness, server.address)
+    link.communicator.on_backpressure = lambda session, congested: pressure.add(congested)
+    value = b"v" * (1 << 16)
+    pipeline = Pipeline([["ECHO", value]] * 500)
+    assert link.resp.call(link.session, pipeline, lambda session, reply: got.add(reply))
+    assert got.wait() == [[value] * 500]
+    assert pressure.wait(2) == [True, False]
+
+
 def test_subscriber_mode_of_resp2(harness):
     server = Scripted(harness)
     link = server.link
