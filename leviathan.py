@@ -1555,7 +1555,7 @@ class Http(StatefulFraming):
                     try:
                         on_packet(session, request)
                     except BaseException as error:
-                        raised(session, request, error, fail)
+                        raised(session, request, error)
                     exchange.current = None
                     if len(pending) >= limit:
                         self._hold(session, exchange)
@@ -1578,7 +1578,7 @@ class Http(StatefulFraming):
                     start = self._deliver(session, exchange, buffer, start, stop, end, on_packet)
                 else:
                     session.direct = not start and stop == end
-                    start = self._dispatch(session, exchange, buffer, start, stop, on_packet, fail)
+                    start = self._dispatch(session, exchange, buffer, start, stop, on_packet)
                 if session.paused:
                     break
         except BaseException as error:
@@ -1589,8 +1589,8 @@ class Http(StatefulFraming):
         if start != end or session.partial is not None:
             rest(session, buffer, start, end)
 
-    def _dispatch(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int, on_packet: OnPacket,
-                  fail: Callable[[Session, BaseException], None]) -> int:
+    def _dispatch(self, session: Session, exchange: _Exchange, buffer: Any, start: int, stop: int,
+                  on_packet: OnPacket) -> int:
         """Hand a whole request to the handler. Returns where the next message begins."""
         if exchange.head is None:
             return stop                     # an empty line in front of a request
@@ -1611,7 +1611,7 @@ class Http(StatefulFraming):
         try:
             on_packet(session, request)
         except BaseException as error:
-            self._raised(session, request, error, fail)
+            self._raised(session, request, error)
         exchange.current = None
         if len(exchange.pending) >= self.max_pipelined:
             self._hold(session, exchange)
@@ -1645,15 +1645,13 @@ class Http(StatefulFraming):
                 exchange.held, exchange.calm = True, False
                 session._pause_for(PAUSED_PIPELINED)
 
-    def _raised(self, session: Session, request: Request, error: BaseException,
-                fail: Callable[[Session, BaseException], None]) -> None:
+    def _raised(self, session: Session, request: Request, error: BaseException) -> None:
         """A handler raised: 500, unless an answer has begun, behind those that are owed; then it closes."""
         exchange: _Exchange = session.protocol          # type: ignore[attr-defined]
         exchange.done = True
         if session.reason is not None:
-            fail(session, error)
+            _callback_failed(session, error)
             return
-        # Not by `fail`, even if it is a FramingError: that is the peer's only where it comes from the parser.
         _log().error("a callback failed for %s; closing it", _address_text(session.peer), exc_info=error)
         with exchange.lock:
             exchange.ending = Reason.ERROR, error
@@ -3712,21 +3710,24 @@ def _guarded(session: Session, function: Callable[..., Any], *args: Any) -> None
     try:
         function(session, *args)
     except BaseException as error:
-        _failed(session, error)
+        _callback_failed(session, error)
 
 
 def _failed(session: Session, error: BaseException) -> None:
     """Something raised while a session's input was handled: log one line, end that session."""
-    peer = _address_text(session.peer)
-    if session.reason is not None:
-        if not isinstance(error, FramingError):         # what was received behind its end is nobody's
-            _log().error("a callback failed for %s, which is ending", peer, exc_info=error)
-        return
-    if isinstance(error, FramingError):
-        _log().warning("%s broke the protocol: %s; closing it", peer, error)
+    if not isinstance(error, FramingError):
+        _callback_failed(session, error)
+    elif session.reason is None:            # else what was received is nobody's
+        _log().warning("%s broke the protocol: %s; closing it", _address_text(session.peer), error)
         _end_telling(session, Reason.PROTOCOL, error)
-    else:
-        _log().error("a callback failed for %s; closing it", peer, exc_info=error)
+
+
+def _callback_failed(session: Session, error: BaseException) -> None:
+    """A user's function raised, whatever it was: log one line, end that session."""
+    ending = session.reason is not None
+    _log().error("a callback failed for %s; %s", _address_text(session.peer), "it is ending" if ending else "closing it",
+                 exc_info=error)
+    if not ending:
         torn = isinstance(session, StatefulSession) and session.stateful.unfinished(session)
         session.end(not torn, Reason.ERROR, error)      # replies to earlier packets still leave
 

@@ -161,10 +161,9 @@ def silence(server, session, look=True, clocks=("last", "since")):
                 setattr(session, clock, getattr(session, clock) - 2000)
         if look:
             server.communicator._sweep()
+        server.queue.post(done.add, True)               # behind what that has begun
 
-    engine = server.queue.engine
-    engine.run_on_owner(session, silent)
-    engine.run_on_owner(session, done.add, True)        # behind what that has begun
+    server.queue.post(silent)
     done.wait()
 
 

@@ -731,6 +731,20 @@ def test_an_error_of_the_protocol_that_a_handler_raises_is_the_handlers(serve, c
     assert caplog.text.count("a callback failed for ") == 2 and "broke the protocol" not in caplog.text
 
 
+def test_an_error_of_the_protocol_that_on_sent_raises_is_the_programs(serve, caplog):
+    """It was taken for the peer's, whose stream is not whole: the framing was to end the session behind it, and never did."""
+    def on_sent(session, ok):
+        raise HttpError(400, "on purpose")
+
+    server = serve(Http(), lambda session, request: request.stream().write(b"half", on_sent))
+    client = server.client()
+    client.sendall(GET)
+    read_to_end(client)
+    (session, reason, error), = server.ended.wait()
+    assert (session.aborted, reason, error.status) == (True, leviathan.Reason.ERROR, 400)
+    assert "broke the protocol" not in caplog.text
+
+
 @pytest.mark.parametrize("begin, aborted", [(lambda request: request.reply(b"late"), False),
                                             (lambda request: request.stream().write(b"late"), True)], ids=["whole", "half"])
 def test_a_handler_that_raises_while_another_thread_answers_costs_the_connection(serve, begin, aborted):
