@@ -3769,10 +3769,13 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
             least = max(least, min(2 * have, session.communicator.framing.max_packet))
             least = min(least, 1 << manager.memory_limit.bit_length() - 1)      # the largest buffer there can be
         size = max(need, have + 1, least)
+        whole = False
         if partial is not None and partial.pooled and partial.size >= size:
             if start:
                 partial.array.raw = partial.array[start:end]
             larger: Optional[Buffer] = partial
+        elif session.paused and 1 << _power(size) > manager.memory_limit >= 1 << _power(max(need, RECV_LEAST)):
+            larger, whole = None, True      # packets that wait for the end of the pause; all memory would not hold them
         else:
             larger = manager.lease(size, held)
     except BaseException as error:
@@ -3783,7 +3786,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
             _failed(session, error)
         _give_back_partial(session)
         return
-    waits = larger is None
+    waits = larger is None and not whole
     if larger is None and partial is not None and held:
         larger = partial                    # it keeps what it has; see _late
         if start:
@@ -4271,7 +4274,7 @@ class Listener:
             self.communicator.queue.engine.accept(self)
 
     def close(self) -> None:
-        """Listen no more. The sessions it accepted go on."""
+        """Listen no more. The sessions it accepted go on. The port is free when its thread has come to it, soon after."""
         self.closed = True
         self.communicator._forget(self)
         self.communicator.queue.engine.unlisten(self)

@@ -712,6 +712,26 @@ def test_a_packet_of_unknown_length_may_fill_all_memory(serve, harness):
     assert read_exactly(client, len(line) + 1) == line + b"\n"
 
 
+def test_packets_that_wait_for_the_end_of_a_pause_may_be_more_than_all_memory(serve, harness):
+    """What one receive has brought is there, and each of its packets is small: nothing has to be waited for."""
+    got = Log()
+
+    def on_packet(session, packet):
+        got.add(packet)
+        if len(got) == 1:
+            session.pause()
+
+    server = serve(on_packet=on_packet, manager=harness.manager(memory_limit=1 << 13), start=False)
+    client = server.client()
+    packets = [b"%60d" % number for number in range(2000)]
+    client.sendall(b"".join(map(frame, packets)))
+    server.list.start()
+    got.wait(1)
+    server.connected.wait()[0].resume()
+    assert got.wait(2000) == packets
+    assert len(server.ended) == 0
+
+
 def test_a_packet_larger_than_all_memory_ends_with_pool_exhausted(serve, harness, caplog):
     """Waiting cannot help: ERROR, and the others go on."""
     server = serve(manager=harness.manager(memory_limit=1 << 16))
