@@ -79,6 +79,7 @@ SEND_INLINE = 1 << 14           # a larger packet is queued beside its header in
 PACKET_TIMEOUT = 60.0           # seconds from a packet's first byte to its last
 REPORT_PAUSE = 60.0             # seconds in which a limit that is reached again and again is one line in the log
 STOP_TIMEOUT = 10.0             # seconds that a stop lets queued bytes leave
+STUCK_AFTER = 1.0               # seconds more, in which a callback that does not return is given up
 FOREVER = float("inf")
 
 
@@ -4094,7 +4095,7 @@ class EventQueue:
         for connector in connectors:
             connector._give_up()            # who waits for it would wait for ever
         left = [] if made is None else made.stop(timeout)
-        before: Dict[Any, Any] = {}         # {thread: what it was in a second ago}
+        before: Dict[Any, Any] = {}         # {thread: what it was in STUCK_AFTER ago}
         while left:
             now = {thread: _callback_of(thread) for thread in left}
             stuck = [thread for thread in left if now[thread] is not None and now[thread] is before.get(thread)]
@@ -4106,7 +4107,7 @@ class EventQueue:
             if stuck:
                 return False
             before = now
-            left = made.stop(1.0)
+            left = made.stop(STUCK_AFTER)
         return True
 
     def post(self, function: Callable[..., Any], *args: Any) -> bool:

@@ -1800,8 +1800,9 @@ def test_a_handler_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(
 
 
 @pytest.mark.parametrize("kind", ["function", "in C", "of threading"])
-def test_a_call_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(harness, caplog, kind):
+def test_a_call_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(harness, caplog, monkeypatch, kind):
     """Also what has no frame of its own, or a frame of a module that leviathan uses itself."""
+    monkeypatch.setattr(leviathan, "STUCK_AFTER", 0.1)
     lock, event = threading.Lock(), threading.Event()
     lock.acquire()
     call = {"function": lambda: event.wait(DEADLINE), "in C": lock.acquire, "of threading": event.wait}[kind]
@@ -1816,6 +1817,7 @@ def test_a_call_that_does_not_return_holds_a_stop_no_longer_than_its_timeout(har
         line, = [record.getMessage() for record in caplog.records if record.name == "leviathan"]
         assert {"function": "<lambda> (", "in C": "acquire (", "of threading": "wait ("}[kind] in line
     finally:
+        monkeypatch.undo()
         lock.release()
         event.set()
     assert queue.stop() is True
