@@ -1252,11 +1252,15 @@ class Worker:
             session.unsent = before + size
             if on_sent is not None:
                 session.mark(on_sent)
-            if session.sending is None and (link.owner != threading.get_ident() or session.unsent > session.high_water):
+            own = link.owner == threading.get_ident()
+            if session.sending is None and (not own or session.unsent > session.high_water):
                 self._send_now(session)
             if session.unsent > session.high_water and not link.pressed:
                 link.pressed = True
-                self.engine.run_on_owner(session, self._press, session)
+                if own:                     # at once: the next packet of this receive may ask for as much
+                    self._press(session)
+                else:
+                    self.engine.run_on_owner(session, self._press, session)
         return True
 
     def _press(self, session: Any) -> None:

@@ -600,7 +600,7 @@ def test_who_waits_for_memory_does_not_try_for_every_buffer_that_comes_back(serv
     server = serve(manager=harness.manager(memory_limit=2 * 8192 + count * INBOX))
     clients = [server.client() for _ in range(count)]
     attempts, lease = [], server.manager.lease
-    server.manager.lease = lambda size, instead: attempts.append(size) or lease(size, instead)
+    server.manager.lease = lambda size, instead=0: attempts.append(size) or lease(size, instead)
     packet = frame(b"x" * 8000)
     for client in clients:
         client.sendall(packet[:4000])
