@@ -2988,7 +2988,8 @@ class SessionManager:
     *max_sessions*: how many sessions may exist at once, of all Communicators together. *recv_buffer*: bytes of the first
     RecvBuf of a packet whose length is not known yet. *classes*: {size in bytes: how many to make at once}, sizes being
     powers of two from 4 bytes to 2 MiB. *send_operations*: operations kept for use again, per session.
-    *memory_limit*: bytes of all buffers; when so many are leased, receiving waits until some come back. Raises ValueError.
+    *memory_limit*: bytes of all buffers; when so many are leased, receiving waits until some come back. Of those who hold a
+    buffer and wait for a larger one, one at a time gets it beyond the limit. Raises ValueError.
     """
 
     def __init__(self, max_sessions: int = 10000, recv_buffer: int = RECV_BUFFER,
@@ -3007,11 +3008,13 @@ class SessionManager:
         self._made = dict.fromkeys(_ARRAYS, 0)
         self._leased = dict.fromkeys(_ARRAYS, 0)
         self._peak = dict.fromkeys(_ARRAYS, 0)
-        self._memory = 0                    # bytes leased
-        self._kept = 0                      # bytes of free buffers; both together stay below the limit
-        # {bytes that must be free: {session that waits for so many: a number that grows with each that comes}}
-        self._waiting: Dict[int, OrderedDict[Session, int]] = {}
+        self._memory = 0                    # bytes leased or promised
+        self._kept = 0                      # bytes of free buffers; both together stay within the limit, but for the loan
+        # {(bytes that must be free, whether it holds a buffer): {session that waits: a number that grows with each}}
+        self._waiting: Dict[Tuple[int, bool], OrderedDict[Session, int]] = {}
         self._arrivals = 0
+        self._promised: Dict[Session, int] = {}         # bytes for those who were woken and have not tried yet
+        self._loan: Any = None              # the session that may have a buffer beyond the limit, then that buffer
         self._operations: List[Operation] = []          # free ones
         self._operations_leased = 0
         self._operations_max = max_sessions * send_operations
@@ -3030,21 +3033,38 @@ class SessionManager:
             self._free[_power(size)] += [Buffer(_power(size), True) for _ in range(count)]
             self._made[_power(size)] = count
 
-    def lease(self, size: int, instead: int = 0) -> Optional[Buffer]:
+    def lease(self, size: int, instead: Optional[Buffer] = None, session: Optional[Session] = None) -> Optional[Buffer]:
         """A buffer of at least *size* bytes, or None when the memory limit is reached just now.
 
-        *instead*: bytes of a leased one that goes back as soon as it is copied; if it counted, a packet that grows could have
-        a third of all memory. Raises PoolExhausted when *size* is over the whole limit or the largest class, so that waiting
-        cannot help.
+        *instead*: a leased one that goes back as soon as it is copied; if it counted, a packet that grows could have a third
+        of all memory. *session*: whom it is for. Raises PoolExhausted when *size* is over the whole limit or the largest
+        class, so that waiting cannot help.
         """
         power = _power(size)
         if power > LARGEST_CLASS or 1 << power > self.memory_limit:
             raise PoolExhausted("a buffer of %d bytes is over the memory limit of %d bytes" % (size, self.memory_limit))
         with self._lock:
-            if self._memory - instead + (1 << power) > self.memory_limit:
+            promised = 0 if session is None else self._promised.pop(session, 0)
+            self._memory -= promised
+            more = (1 << power) - (instead.size if instead else 0)
+            fits = self._memory + more <= self.memory_limit
+            lent = instead is not None and self._loan is not None and self._loan in (session, instead)
+            if not (fits or lent or more <= promised):
                 return None
             buffer = self._claim(power)
+            if lent and fits:
+                self._loan = None           # it is within the limit after all
+            elif lent:
+                buffer = self._loan = buffer or Buffer(power, True)
         return buffer or Buffer(power, True)
+
+    def repay(self, buffer: Buffer) -> bool:
+        """The packet in *buffer* is complete; True if that was leased beyond the limit and has to go back now."""
+        with self._lock:
+            if buffer is not self._loan:
+                return False
+            self._loan = None
+            return True
 
     def _claim(self, power: int) -> Optional[Buffer]:
         """Count one more of a class and give a free one; None: it is to be made, without the lock, which is held here."""
@@ -3084,6 +3104,8 @@ class SessionManager:
                 raise LeviathanError("a buffer of %d bytes was given back twice" % buffer.size)
             self._leased[buffer.power] -= 1
             self._memory -= buffer.size
+            if buffer is self._loan:
+                self._loan = None
             if buffer.power in self._free:
                 self._free[buffer.power].append(buffer)
                 self._kept += buffer.size
@@ -3093,45 +3115,70 @@ class SessionManager:
         if waits:
             self._wake()
 
-    def wait_for_memory(self, session: Session, size: int, instead: int = 0) -> None:
-        """Have *session* resumed when `lease` can give it a buffer, at once if it can by now."""
-        missing = (1 << _power(size)) - instead
+    def wait_for_memory(self, session: Session, size: int, instead: Optional[Buffer] = None) -> None:
+        """Have *session* resumed when `lease` can give it a buffer, at once if it can by now. It keeps *instead* meanwhile."""
+        key = (1 << _power(size)) - (instead.size if instead else 0), instead is not None
         with self._lock:
-            if self._memory + missing > self.memory_limit:
-                self._arrivals += 1
-                self._waiting.setdefault(missing, OrderedDict())[session] = self._arrivals
-                return
-        session.resume_for(PAUSED_MEMORY)
+            self._arrivals += 1
+            self._waiting.setdefault(key, OrderedDict())[session] = self._arrivals
+        self._wake()
 
     def wait_no_more(self, session: Session) -> None:
         """*session* has ended."""
         with self._lock:
-            for missing, waiting in list(self._waiting.items()):
+            for key, waiting in list(self._waiting.items()):
                 if waiting.pop(session, None) and not waiting:
-                    del self._waiting[missing]
+                    del self._waiting[key]
 
     def _wake(self) -> None:
-        """Resume the session that has waited longest of those whose buffer can be had now; behind that it wakes the next.
+        """Resume those whose buffers can be had now, in the order in which they have begun to wait.
 
-        One at a time: if all were told of each buffer, a thousand that wait would make a thousand attempts for each.
+        What each needs is promised to it. If all were told of each buffer, a thousand that wait would make a thousand attempts
+        for each, and who comes too late would wait behind all others again.
         """
         while True:
             with self._lock:
-                found = min([(next(iter(waiting.values())), missing) for missing, waiting in self._waiting.items()
-                             if self._memory + missing <= self.memory_limit], default=None)
-                if found is None:
-                    return
-                waiting = self._waiting[found[1]]
-                session, _ = waiting.popitem(last=False)
-                if not waiting:
-                    del self._waiting[found[1]]
-            if session.communicator.queue.engine.run_on_owner(session, self._woken, session):
+                session = self._next()
+            if session is None:
                 return
+            if not session.communicator.queue.engine.run_on_owner(session, self._woken, session):
+                self._forgo(session)
+
+    def _next(self) -> Optional[Session]:
+        """Whose turn it is; it waits no more. The lock is held."""
+        first = [(next(iter(waiting.values())), key) for key, waiting in self._waiting.items()]     # of each queue
+        found = min([(number, key) for number, key in first if self._memory + key[0] <= self.memory_limit], default=None)
+        lent = found is None and self._loan is None
+        if lent:
+            # Who holds memory and waits may be what the others wait for, who hold some too: all would wait for ever.
+            found = min([(number, key) for number, key in first if key[1]], default=None)
+        if found is None:
+            return None
+        waiting = self._waiting[found[1]]
+        session, _ = waiting.popitem(last=False)
+        if not waiting:
+            del self._waiting[found[1]]
+        self._promised[session] = found[1][0]
+        self._memory += found[1][0]
+        if lent:
+            self._loan = session
+        return session
 
     def _woken(self, session: Session) -> None:
-        """On the session's thread: take the buffer. Whether it did or has no use for it any more, the next may try."""
+        """On the session's thread: take the buffer. If it has no use for it any more, others have."""
         session._resume_for(PAUSED_MEMORY)
-        session.communicator.queue.engine.run_on_owner(session, self._wake)
+        session.communicator.queue.engine.run_on_owner(session, self._tried, session)
+
+    def _tried(self, session: Session) -> None:
+        self._forgo(session)
+        self._wake()
+
+    def _forgo(self, session: Session) -> None:
+        """It has tried; what it was promised and has not taken is free again."""
+        with self._lock:
+            self._memory -= self._promised.pop(session, 0)
+            if self._loan is session:
+                self._loan = None
 
     def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
         """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""
@@ -3192,7 +3239,7 @@ class SessionManager:
     def statistics(self) -> Dict[str, Any]:
         """Counts now: sessions, operations, and by class in bytes what was made, is leased, is free, and the high water.
 
-        `memory` is the bytes that are leased, `kept` those that are free.
+        `memory` is the bytes that are leased or promised to who waits, `kept` those that are free.
         """
         with self._lock:
             return {
@@ -3756,7 +3803,7 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         _give_back_partial(session)
         return
     manager = session.communicator.manager
-    held = partial.size if partial is not None and partial.pooled else 0
+    held = partial if partial is not None and partial.pooled else None
     if start or not session.since:
         session.since = time.monotonic()
     try:
@@ -3771,14 +3818,15 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
             least = min(least, 1 << manager.memory_limit.bit_length() - 1)      # the largest buffer there can be
         size = max(need, have + 1, least)
         whole = False
-        if partial is not None and partial.pooled and partial.size >= size:
+        repaid = start and held is not None and manager.repay(held)
+        if held is not None and not repaid and held.size >= size:
             if start:
-                partial.array.raw = partial.array[start:end]
-            larger: Optional[Buffer] = partial
+                held.array.raw = held.array[start:end]
+            larger: Optional[Buffer] = held
         elif session.paused and 1 << _power(size) > manager.memory_limit >= 1 << _power(max(need, RECV_LEAST)):
             larger, whole = None, True      # packets that wait for the end of the pause; all memory would not hold them
         else:
-            larger = manager.lease(size, held)
+            larger = manager.lease(size, held, session)
     except BaseException as error:
         if isinstance(error, PoolExhausted):
             _log().warning("%s: %s; closing it", _address_text(session.peer), error)
@@ -3788,10 +3836,12 @@ def _keep(session: Session, buffer: Any, start: int, end: int) -> None:
         _give_back_partial(session)
         return
     waits = larger is None and not whole
-    if larger is None and partial is not None and held:
-        larger = partial                    # it keeps what it has; see _late
+    if repaid:
+        held = None
+    if larger is None and held is not None:
+        larger = held                       # it keeps what it has; see _late
         if start:
-            partial.array.raw = partial.array[start:end]
+            held.array.raw = held.array[start:end]
     elif larger is None:
         larger = Buffer(_power(max(have, RECV_LEAST)), False)       # no more than one receive's worth for each session
     if larger is not partial:
@@ -3846,7 +3896,7 @@ class _Core:
         """
         manager = session.communicator.manager
         size = min(size or manager.recv_buffer, manager.memory_limit)
-        buffer = manager.lease(size)
+        buffer = manager.lease(size, None, session)
         if buffer is None:
             session._pause_for(PAUSED_MEMORY)
             manager.wait_for_memory(session, size)

@@ -1111,6 +1111,14 @@ class Worker:
 
     # -- owner thread: receiving --------------------------------------------------------------------------------------
 
+    def _arm_unless_paused(self, session: Any) -> None:
+        link = session.link
+        if not (session.paused or session.eof or link.receiving or link.ended):
+            self._arm(session)
+        elif link.inbox is not None and not link.receiving:
+            self.core.give_back(session, link.inbox)        # a pause needs none; who waits for memory may be this one
+            link.inbox = None
+
     def _arm(self, session: Any) -> None:
         """Have the next bytes received: behind those of an incomplete packet, else into the session's inbox."""
         link = session.link
@@ -1233,6 +1241,8 @@ class Worker:
         if session.link.ended and session.is_open() and not session.paused:
             session.link.ended = False
             self.core.on_eof(session)
+        if session.is_open():
+            self._arm_unless_paused(session)        # not put off to `_settle`: memory may be promised to it until it returns
 
     # -- any thread: sending ------------------------------------------------------------------------------------------
 
@@ -1393,11 +1403,7 @@ class Worker:
                     self.close_session(target, True, None, None)
                     self._settle(target)
                     return
-            if not (target.paused or target.eof or link.receiving or link.ended):
-                self._arm(target)
-            elif link.inbox is not None and not link.receiving:
-                self.core.give_back(target, link.inbox)     # a pause needs none; who waits for memory may be this one
-                link.inbox = None
+            self._arm_unless_paused(target)
         elif link.live or target.aborted:
             self._settle_closing(target, unsent)
 

@@ -600,7 +600,7 @@ def test_who_waits_for_memory_does_not_try_for_every_buffer_that_comes_back(serv
     server = serve(manager=harness.manager(memory_limit=2 * 8192 + count * INBOX))
     clients = [server.client() for _ in range(count)]
     attempts, lease = [], server.manager.lease
-    server.manager.lease = lambda size, instead=0: attempts.append(size) or lease(size, instead)
+    server.manager.lease = lambda size, *others: attempts.append(size) or lease(size, *others)
     packet = frame(b"x" * 8000)
     for client in clients:
         client.sendall(packet[:4000])
@@ -666,20 +666,103 @@ def test_a_length_that_is_cut_while_there_is_no_memory_is_kept(serve, harness):
     assert read_exactly(waiter, len(packet)) == packet
 
 
-def test_packets_that_cannot_grow_stay_within_the_memory_limit_and_end_in_time(serve, harness):
-    """Each holds its RecvBuf while it waits for a larger one: what a peer has sent is counted. Time makes room again."""
-    server = serve(Delimited(b"\n", max_packet=1 << 18), manager=harness.manager(memory_limit=1 << 18), packet_timeout=0.5)
-    clients = [server.client() for _ in range(6)]
-    for size in (5000, 60000, 60000):
-        for client in clients:
-            client.sendall(b"x" * size)
-        if size == 5000:
-            eventually(lambda: server.queue.statistics()["bytes_received"] == 6 * 5000)
-    eventually(lambda: server.manager.statistics()["waiting"] >= 4)
-    assert sum(session.partial.size for session in server.communicator.sessions if session.partial) <= 1 << 18
+@pytest.fixture
+def stuck(serve, harness):
+    """Function: six clients whose lines are so long that none of them could go on if it had all that is left of the memory."""
+    def make(**options):
+        server = serve(Delimited(b"\n", max_packet=1 << 18), manager=harness.manager(memory_limit=1 << 18), **options)
+        clients = [server.client() for _ in range(6)]
+        for size in (5000, 60000, 60000):
+            for client in clients:
+                client.sendall(b"x" * size)
+            if size == 5000:
+                eventually(lambda: server.queue.statistics()["bytes_received"] == 6 * 5000)
+        eventually(lambda: server.manager.statistics()["waiting"] >= 4)
+        return server, clients
+    return make
+
+
+def test_packets_that_cannot_grow_are_counted_and_end_in_time(stuck):
+    """Each holds its RecvBuf while it waits for a larger one, and one of them has its own beyond the limit."""
+    server, _ = stuck(packet_timeout=0.5)
+    assert sum(session.partial.size for session in server.communicator.sessions if session.partial) <= 2 << 18
     server.ended.wait(6)
     assert {reason for _, reason, _ in server.ended.items} == {Reason.TIMEOUT}
     assert serves_lines(server.client())
+
+
+def test_packets_that_only_wait_for_each_other_go_on(stuck):
+    """One at a time gets its buffer beyond the limit; else all would wait for packet_timeout, and then end."""
+    server, clients = stuck()
+    lines = Log()
+
+    def finish(client):
+        client.sendall(b"x" * 60000 + b"\n")
+        lines.add(len(read_exactly(client, 185001)))
+
+    for client in clients:
+        threading.Thread(target=finish, args=(client,), daemon=True).start()
+    lines.wait(6)
+    assert len(server.ended) == 0
+    classes = server.manager.statistics()["classes"]
+    assert classes[1 << 18]["high"] <= 2, "one by the limit, one beyond it"
+
+
+def hold(server, clients, sent):
+    """Have each of the sessions hold a RecvBuf of 32 KiB with a packet of 20000 bytes, which is not complete yet."""
+    for number, client in enumerate(clients, 1):
+        client.sendall(sent[:10000])
+        eventually(lambda: server.manager.statistics()["memory"] == (number << 15) + (len(clients) - number) * INBOX)
+
+
+def test_what_is_lent_beyond_the_limit_goes_back_when_its_packet_is_complete(serve, harness):
+    """Though the next one has begun in it: who sends for ever, or stops sending, must not keep it from the others."""
+    server = serve(manager=harness.manager(memory_limit=1 << 17))
+    first, second = os.urandom(20000), os.urandom(40000)
+    sent = frame(first) + frame(second)
+    clients = [server.client() for _ in range(4)]
+    hold(server, clients, sent)
+    for number, client in enumerate(clients):
+        client.sendall(sent[10000:1 << 15])         # to the end of its RecvBuf; the next packet wants twice as much
+        assert read_frame(client) == first
+        eventually(lambda: server.manager.statistics()["waiting"] == number)
+        eventually(lambda: server.manager.statistics()["memory"] == 5 << 15)
+    clients[0].sendall(sent[1 << 15:] + frame(second)[:20000])
+    assert read_frame(clients[0]) == second
+    for client in clients[1:]:
+        client.sendall(sent[1 << 15:])
+        assert read_frame(client) == second
+    clients[0].sendall(frame(second)[20000:])
+    assert read_frame(clients[0]) == second
+    assert len(server.ended) == 0
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_one_at_a_time_gets_memory_beyond_the_limit(serve, harness, paused):
+    """In the order in which they have begun to wait; who is paused leaves it to the next."""
+    server = serve(manager=harness.manager(memory_limit=1 << 17))
+    first, second = os.urandom(20000), os.urandom(80000)
+    sent = frame(first) + frame(second)
+    pairs = [server.pair() for _ in range(4)]
+    clients = [client for client, _ in pairs]
+    hold(server, clients, sent)
+    for number, client in enumerate(clients):
+        client.sendall(sent[10000:1 << 15])
+        assert read_frame(client) == first
+        eventually(lambda: server.manager.statistics()["waiting"] == number)
+        eventually(lambda: server.manager.statistics()["memory"] == (3 << 15) + (1 << 17))
+    session = pairs[1][1]
+    if paused:
+        session.pause()
+        eventually(lambda: session.paused == leviathan.PAUSED_MEMORY | leviathan.PAUSED_USER)
+    for client in (clients[0], clients[2], clients[3]) if paused else clients:
+        client.sendall(sent[1 << 15:])
+        assert read_frame(client) == second
+    if paused:
+        session.resume()
+        clients[1].sendall(sent[1 << 15:])
+        assert read_frame(clients[1]) == second
+    assert len(server.ended) == 0
 
 
 def test_one_receive_of_a_packet_of_unknown_length_is_bounded(serve):
@@ -874,6 +957,37 @@ def test_lease_at_and_over_the_limit(harness):
     with pytest.raises(leviathan.PoolExhausted):
         manager.lease(8193)
     manager.give_back(first)
+
+
+class Waiter:
+    """A session as a SessionManager sees it, for which nothing is done when it is told that there is memory."""
+
+    def __init__(self):
+        self.communicator = self.queue = self.engine = self
+
+    def run_on_owner(self, session, function, *args):
+        return True
+
+
+def test_what_was_lent_and_fits_the_limit_by_now_leaves_the_loan_to_others(harness):
+    manager = harness.manager(memory_limit=1 << 15)
+    first, second = Waiter(), Waiter()
+    leased = [manager.lease(1 << power) for power in (14, 13, 12, 12)]
+    assert manager.lease(1 << 13, leased[2], first) is None
+    manager.wait_for_memory(first, 1 << 13, leased[2])
+    lent = manager.lease(1 << 13, leased[2], first)
+    assert manager.statistics()["memory"] == (1 << 15) + (1 << 13)
+    for buffer in (leased[2], leased[0]):
+        manager.give_back(buffer)
+    larger = manager.lease(1 << 14, lent, first)            # of the limit
+    manager.give_back(lent)
+    assert manager.lease(1 << 14, leased[3], second) is None
+    manager.wait_for_memory(second, 1 << 14, leased[3])
+    lent = manager.lease(1 << 14, leased[3], second)
+    assert lent is not None
+    for buffer in (leased[1], leased[3], larger, lent):
+        manager.give_back(buffer)
+    assert manager.statistics()["memory"] == 0
 
 
 def test_buffers_of_all_classes_together_stay_within_the_limit(harness):

@@ -512,9 +512,10 @@ def test_clients_and_handlers_that_do_anything(serve, harness, threads):
             feeder.start()
             try:
                 assert read_exactly(client, len(sent)) == sent
-            except AssertionError as error:         # how the server sees it: what ended early was ended by somebody
+            except (AssertionError, OSError) as error:      # how the server sees it: what ended early was ended by somebody
                 peer = client.getsockname()
-                raise AssertionError(halves, sizes, [ended for ended in server.ended.items if ended[0].peer == peer],
+                raise AssertionError(halves, sizes, server.manager.statistics(),
+                                     [ended for ended in server.ended.items if ended[0].peer == peer],
                                      [(session, session.filled, session.need, session.paused, session.backlog)
                                       for session in server.communicator.sessions]) from error
             feeder.join()
