@@ -1285,7 +1285,7 @@ def test_a_hundred_thousand_broken_messages():
                 broken = data[:at] + bytes([byte]) + data[at + 1:]
                 driven = Driven(http).feed(broken)
                 sound(driven)
-                if cases % 4 == 0:                      # what is known already is no other reading
+                if cases % 7 == 0:                      # what is known already is no other reading
                     anew = Driven(nothing_kept).feed(broken)
                     assert [(one.method, one.target, one.headers, one.body) for one in driven.packets] == \
                         [(one.method, one.target, one.headers, one.body) for one in anew.packets]
@@ -1294,7 +1294,7 @@ def test_a_hundred_thousand_broken_messages():
     pieces = [b"GET", b" ", b"/", b"HTTP/1.1", b"\r\n", b"\r", b"\n", b"Host: a", b":", b"Content-Length: 1", b"chunked",
               b"Transfer-Encoding: ", b"0", b"1", b"\0", b"\t", b";", b"\r\n\r\n", b"Connection: close",
               b"Expect: 100-continue"]
-    while cases < 125000:
+    while cases < 110000:
         if cases % 3:
             data = b"".join(chance.choices(pieces, k=chance.randrange(1, 16)))
             if cases % 3 == 1:
