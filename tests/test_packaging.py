@@ -236,7 +236,8 @@ def leviathan_program(tmp_path, *arguments, ready=True):
 
 
 def outcome(tmp_path, *arguments):
-    return run(os.path.join(ROOT, "leviathan.py"), *arguments, cwd=tmp_path)
+    """Of the command line, as a module: a script is compiled anew each time, and there are many of these."""
+    return run("-m", "leviathan", *arguments, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT))
 
 
 @pytest.mark.parametrize("number", STOPS)
