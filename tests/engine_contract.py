@@ -853,14 +853,14 @@ class EngineContract:
         assert [record.exc_info[1].__context__ for record in caplog.records if record.exc_info] == [None]
 
     def test_the_deadline_of_a_half_close_ends_when_all_is_sent(self, monkeypatch):
-        monkeypatch.setattr(self.module, "DRAIN", 0.2)
+        monkeypatch.setattr(self.module, "DRAIN", 0.1)
         _, session, client = self.pair(high_water=1 << 25, send_limit=1 << 25)
         session.write(b"x" * 8000000)
         session.finish()
         for _ in range(3):
             self.on_thread(session, int)        # the thread has seen that it cannot send all of it now
         assert len(self.read_to_end(client)) == 8000000
-        self.elapse(session.communicator.queue, 0.4)
+        self.elapse(session.communicator.queue, 0.2)
         client.sendall(self.packed(b"still there"))
         self.record.wait_for("packet")
 

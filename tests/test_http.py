@@ -1241,7 +1241,7 @@ def test_a_client_closes_when_the_server_says_so():
 
 VALID = [GET, b"\r\n" + GET, POST + b"Content-Length: 5\r\n\r\nhello", CHUNKED + b"3;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n",
          b"HEAD /a?b=c HTTP/1.0\r\nConnection: keep-alive\r\nAccept: */*\r\n\r\n",
-         POST + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n!", GET * 3]
+         POST + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n!", GET * 2]
 
 
 def test_every_prefix_of_a_valid_message_waits():
@@ -1253,8 +1253,14 @@ def test_every_prefix_of_a_valid_message_waits():
             assert driven.errors == [] and len(driven.packets) == data.count(b"HTTP/1.")
 
 
-def sound(driven):
-    """Whatever came in, this holds: an error is answered once, last, and ends it; a handler gets only what is sound."""
+def sound(driven, known):
+    """Whatever came in, this holds: an error is answered once, last, and ends it; a handler gets only what is sound.
+
+    *known*: the ends without a packet that were looked at already; there are few.
+    """
+    outcome = driven.sent, len(driven.errors), bool(driven.ended)
+    if not driven.packets and outcome in known:
+        return
     for request in driven.packets:
         assert re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", request.method) and re.fullmatch(r"[!-~]+", request.target)
         assert request.version == "1.0" or len(request.headers.get_all("host")) == 1
@@ -1272,19 +1278,20 @@ def sound(driven):
     assert all(status == 200 for status in finals[:len(driven.packets)])
     if driven.errors:
         assert finals[-1] in (400, 413, 414, 417, 431, 501, 505) and driven.ended
+    known.add(outcome)
 
 
 def test_a_hundred_thousand_broken_messages():
     """Single-byte mutations of valid messages (all of them), random bytes, random pieces: no traceback, nothing unsound."""
     chance = random.Random(5)
     http, nothing_kept = Http(), Http(heads_kept=0)
-    cases = 0
+    cases, known = 0, set()
     for data in VALID:
         for at in range(len(data)):
             for byte in range(256):
                 broken = data[:at] + bytes([byte]) + data[at + 1:]
                 driven = Driven(http).feed(broken)
-                sound(driven)
+                sound(driven, known)
                 if cases % 7 == 0:                      # what is known already is no other reading
                     anew = Driven(nothing_kept).feed(broken)
                     assert [(one.method, one.target, one.headers, one.body) for one in driven.packets] == \
@@ -1294,7 +1301,7 @@ def test_a_hundred_thousand_broken_messages():
     pieces = [b"GET", b" ", b"/", b"HTTP/1.1", b"\r\n", b"\r", b"\n", b"Host: a", b":", b"Content-Length: 1", b"chunked",
               b"Transfer-Encoding: ", b"0", b"1", b"\0", b"\t", b";", b"\r\n\r\n", b"Connection: close",
               b"Expect: 100-continue"]
-    while cases < 110000:
+    while cases < 105000:
         if cases % 3:
             data = b"".join(chance.choices(pieces, k=chance.randrange(1, 16)))
             if cases % 3 == 1:
@@ -1306,7 +1313,7 @@ def test_a_hundred_thousand_broken_messages():
         for part in (data[:at], data[at:]):
             if part:
                 driven.feed(part)
-        sound(driven)
+        sound(driven, known)
         cases += 1
     assert cases >= 100000
 

@@ -491,7 +491,7 @@ class TestRules(House):
         queue = self.queue(threads)
         before = self.api.plan.counts["PostQueuedCompletionStatus"]
         queue.call_later(1000, int)
-        self.elapse(queue, 0.2)
+        self.elapse(queue, 0.05)
         assert self.api.plan.counts["PostQueuedCompletionStatus"] - before < 4 * threads
 
     @pytest.mark.parametrize("threads", [2, 3, 8])
