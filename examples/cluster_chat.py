@@ -30,6 +30,9 @@ def main():
     args = options.parse_args()
     queue = leviathan.EventQueue(1)                     # one thread serves the clients and the link
 
+    def tell(line):         # in one piece: print() writes the line's end apart, and run()'s thread and the queue's both tell
+        print(line + "\n", end="", flush=True)
+
     # -- the link to Redis. In RESP3 one connection can subscribe and publish.
 
     def on_push(session, push):
@@ -38,7 +41,7 @@ def main():
 
     def on_subscribed(session, reply):
         if isinstance(reply, leviathan.Push):
-            print("joined at %s:%d" % session.peer, flush=True)
+            tell("joined at %s:%d" % session.peer)
             chat.broadcast(b"* the room is whole")
 
     def on_link(session):
@@ -46,7 +49,7 @@ def main():
         redis.call(session, ["SUBSCRIBE", CHANNEL], on_subscribed)
 
     def on_link_lost(session, reason, error):
-        print("lost %s:%d" % session.peer, flush=True)
+        tell("lost %s:%d" % session.peer)
         chat.broadcast(b"* the other machines cannot hear us")
 
     def say(line):
@@ -78,7 +81,7 @@ def main():
         listener = chat.listen(args.port, args.host)
     except (OSError, ValueError) as error:      # the port is taken, or there is no such address
         options.exit(2, "%s\n" % error)
-    leviathan.run(chat, links, on_ready=lambda: print("cluster_chat listens on %s" % listener, flush=True))
+    leviathan.run(chat, links, on_ready=lambda: tell("cluster_chat listens on %s" % listener))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,15 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *unused: done.set())
 
+    def say(line):                          # in one piece: print() writes the line's end apart, and others write between
+        print(line + "\n", end="", flush=True)
+
     def work(number):                       # on whichever of the two threads is idle
         time.sleep(0.05)
-        print("job %d done by %s" % (number, threading.current_thread().name), flush=True)
+        say("job %d done by %s" % (number, threading.current_thread().name))
 
     def tick():
-        print("tick", flush=True)
+        say("tick")
 
     queue = leviathan.EventQueue(threads=2, name="worker")
     queue.start()

@@ -65,6 +65,25 @@ def example(tmp_path, name, *arguments, ready=True):
     return Program(os.path.join(EXAMPLES, name), *arguments, cwd=tmp_path, ready=ready)
 
 
+def in_pieces(tmp_path, name, *arguments, ready=True):
+    """An example whose stdout gets each piece that is written as a line: what print() writes apart is seen, every time."""
+    program = tmp_path / "in_pieces.py"
+    program.write_text("""import runpy, sys
+class Pieces:
+    def __init__(self, out):
+        self.out = out
+    def write(self, text):
+        if text:
+            self.out.write(repr(text) + "\\n")
+    def flush(self):
+        self.out.flush()
+sys.stdout = Pieces(sys.stdout)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    return Program(program, os.path.join(EXAMPLES, name), *arguments, cwd=tmp_path, ready=ready)
+
+
 def line_of(client):
     line = b""
     while not line.endswith(b"\n"):
@@ -221,6 +240,15 @@ def test_events(tmp_path):
         assert out.count("tick") >= 3
         assert out.splitlines()[-1].endswith("events on 2 threads")
         assert "nobody" not in out
+
+
+def test_events_writes_its_lines_in_one_piece_each(tmp_path):
+    """Its two threads write at once, and print() writes the end of a line apart: the other's line would come between."""
+    with in_pieces(tmp_path, "events.py", "--seconds", 0.3, ready=False) as program:
+        status, out, err = program.result()
+        pieces = out.splitlines()[:-2]                  # the last line is the main thread's alone
+        assert (status, err) == (0, "")
+        assert len(pieces) >= 5 and all(re.fullmatch(r"'(job \d done by worker-\d|tick)\\n'", piece) for piece in pieces), out
 
 
 def test_events_ends_when_told(tmp_path):

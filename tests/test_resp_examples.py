@@ -1,4 +1,5 @@
 """The examples that speak RESP, against Redis' own programs and the redis package."""
+import re
 import shlex
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 import leviathan
 from conftest import connect, eventually, read_exactly
 from real_redis import needed, package, real, run  # noqa: F401
-from test_examples import ROOT, Program, example, line_of, lines_of, python_blocks
+from test_examples import ROOT, Program, example, in_pieces, line_of, lines_of, python_blocks
 
 
 @pytest.fixture
@@ -226,12 +227,23 @@ def chat(tmp_path, real):  # noqa: F811
     return example(tmp_path, "cluster_chat.py", "--port", 0, "--redis", "127.0.0.1:%d" % real.address[1])
 
 
+def test_cluster_chat_writes_its_lines_in_one_piece_each(tmp_path, real):  # noqa: F811
+    """Two threads write them, and print() writes the end of a line apart: one line came in the middle of the other."""
+    with in_pieces(tmp_path, "cluster_chat.py", "--port", 0, "--redis", "127.0.0.1:%d" % real.address[1]) as node:
+        read = node.process.stdout.readline
+        started = [node.line, read()]
+        real.stop()
+        pieces = "".join(sorted(started) + [read()])
+        assert re.sub(r"[\d.]+:\d+", "ADDRESS", pieces) == \
+            "'cluster_chat listens on ADDRESS\\n'\n'joined at ADDRESS\\n'\n'lost ADDRESS\\n'\n"
+
+
 def test_cluster_chat_outlives_redis(tmp_path, real):  # noqa: F811
     joined = "joined at 127.0.0.1:%d\n" % real.address[1]
     with chat(tmp_path, real) as one, chat(tmp_path, real) as two:
         for node in (one, two):             # two threads say so: either line may be the first
-            lines = [node.line, node.process.stdout.readline()]
-            lines.remove(joined)
+            lines = sorted([node.line, node.process.stdout.readline()])
+            assert lines[0].startswith("cluster_chat listens on ") and lines[1] == joined, lines
             node.address = node.addresses_in(lines[0])
         with one.client() as ann, two.client() as bob:
             assert lines_of(ann, 1) == lines_of(bob, 1) == [b"your name?"]
