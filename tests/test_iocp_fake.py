@@ -295,7 +295,7 @@ def test_what_is_queued_behind_a_send_that_failed_is_not_sent(stage):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("threads", [1, 3])
 def test_late_and_shuffled_completions_and_short_sends(threads, seed):
-    plan = Plan(short=(5, 9, 1000)[seed % 3], late=0.5, carry=0.5, at_once=seed / 3, seed=seed)
+    plan = Plan(short=(29, 61, 1000)[seed % 3], late=0.5, carry=0.5, at_once=seed / 3, seed=seed)
     Scenario(plan, threads).check(complete=True)
 
 
