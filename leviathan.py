@@ -3013,8 +3013,9 @@ class SessionManager:
         # {(bytes that must be free, whether it holds a buffer): {session that waits: a number that grows with each}}
         self._waiting: Dict[Tuple[int, bool], OrderedDict[Session, int]] = {}
         self._arrivals = 0
-        self._promised: Dict[Session, int] = {}         # bytes for those who were woken and have not tried yet
-        self._loan: Any = None              # the session that may have a buffer beyond the limit, then that buffer
+        # {session that was woken and has not tried yet: (bytes for it, the number it waited with)}
+        self._promised: Dict[Session, Tuple[int, int]] = {}
+        self._loan: Any = None              # of these the one that may have a buffer beyond the limit, then that buffer
         self._operations: List[Operation] = []          # free ones
         self._operations_leased = 0
         self._operations_max = max_sessions * send_operations
@@ -3044,17 +3045,17 @@ class SessionManager:
         if power > LARGEST_CLASS or 1 << power > self.memory_limit:
             raise PoolExhausted("a buffer of %d bytes is over the memory limit of %d bytes" % (size, self.memory_limit))
         with self._lock:
-            promised = 0 if session is None else self._promised.pop(session, 0)
+            promised = 0 if session is None else self._promised.pop(session, (0, 0))[0]
             self._memory -= promised
             more = (1 << power) - (instead.size if instead else 0)
             fits = self._memory + more <= self.memory_limit
             lent = instead is not None and self._loan is not None and self._loan in (session, instead)
+            if self._loan is session or lent and fits:
+                self._loan = None           # it has tried; or it is within the limit after all
             if not (fits or lent or more <= promised):
                 return None
             buffer = self._claim(power)
-            if lent and fits:
-                self._loan = None           # it is within the limit after all
-            elif lent:
+            if lent and not fits:
                 buffer = self._loan = buffer or Buffer(power, True)
         return buffer or Buffer(power, True)
 
@@ -3138,14 +3139,15 @@ class SessionManager:
         """
         while True:
             with self._lock:
-                session = self._next()
-            if session is None:
+                found = self._next()
+            if found is None:
                 return
-            if not session.communicator.queue.engine.run_on_owner(session, self._woken, session):
-                self._forgo(session)
+            session, number = found
+            if not session.communicator.queue.engine.run_on_owner(session, self._woken, session, number):
+                self._forgo(session, number)
 
-    def _next(self) -> Optional[Session]:
-        """Whose turn it is; it waits no more. The lock is held."""
+    def _next(self) -> Optional[Tuple[Session, int]]:
+        """Whose turn it is, and the number it has waited with; it waits no more. The lock is held."""
         first = [(next(iter(waiting.values())), key) for key, waiting in self._waiting.items()]     # of each queue
         found = min([(number, key) for number, key in first if self._memory + key[0] <= self.memory_limit], default=None)
         lent = found is None and self._loan is None
@@ -3155,30 +3157,37 @@ class SessionManager:
         if found is None:
             return None
         waiting = self._waiting[found[1]]
-        session, _ = waiting.popitem(last=False)
+        session, number = waiting.popitem(last=False)
         if not waiting:
             del self._waiting[found[1]]
-        self._promised[session] = found[1][0]
+        self._promised[session] = found[1][0], number
         self._memory += found[1][0]
         if lent:
             self._loan = session
-        return session
+        return session, number
 
-    def _woken(self, session: Session) -> None:
+    def _woken(self, session: Session, number: int) -> None:
         """On the session's thread: take the buffer. If it has no use for it any more, others have."""
         session._resume_for(PAUSED_MEMORY)
-        session.communicator.queue.engine.run_on_owner(session, self._tried, session)
+        session.communicator.queue.engine.run_on_owner(session, self._tried, session, number)
 
-    def _tried(self, session: Session) -> None:
-        self._forgo(session)
+    def _tried(self, session: Session, number: int) -> None:
+        self._forgo(session, number)
         self._wake()
 
-    def _forgo(self, session: Session) -> None:
-        """It has tried; what it was promised and has not taken is free again."""
+    def _forgo(self, session: Session, number: int) -> None:
+        """It has tried; what it was promised then and has not taken is free again.
+
+        Not what it was promised since: who took one buffer, and waits for the next within the same attempt, would lose that
+        each time, and be woken and try for ever.
+        """
         with self._lock:
-            self._memory -= self._promised.pop(session, 0)
-            if self._loan is session:
-                self._loan = None
+            promised, of = self._promised.get(session, (0, 0))
+            if of == number:
+                del self._promised[session]
+                self._memory -= promised
+                if self._loan is session:
+                    self._loan = None
 
     def begin_send(self, session: Session, data: bytes, sent: int) -> Operation:
         """An operation for what the kernel has not taken of *data*. A small rest is copied into a SendBuf (B1, B3)."""

@@ -990,6 +990,54 @@ def test_what_was_lent_and_fits_the_limit_by_now_leaves_the_loan_to_others(harne
     assert manager.statistics()["memory"] == 0
 
 
+class Growing(Waiter):
+    """One that needs a larger buffer twice within one attempt; its mail is run by the test."""
+
+    def __init__(self, manager, held, *sizes):
+        super().__init__()
+        self.manager, self.held, self.sizes, self.mail = manager, held, list(sizes), []
+
+    def run_on_owner(self, session, function, *args):
+        self.mail.append((function, args))
+        return True
+
+    def _resume_for(self, bit):
+        self.mail.append((self.attempt, ()))
+
+    def attempt(self):
+        while self.sizes:
+            larger = self.manager.lease(self.sizes[0], self.held, self)
+            if larger is None:
+                self.manager.wait_for_memory(self, self.sizes[0], self.held)
+                return
+            self.manager.give_back(self.held)
+            self.held = larger
+            del self.sizes[0]
+
+
+def test_who_takes_memory_and_waits_for_more_at_once_keeps_what_it_is_promised_then(harness):
+    """Else each attempt's end took away what the next was promised: its thread was busy with it until packet_timeout."""
+    manager = harness.manager(memory_limit=1 << 15)
+    other = Waiter()
+    leased = [manager.lease(1 << power) for power in (14, 13, 12)]
+    session = Growing(manager, manager.lease(1 << 12), 1 << 13, 1 << 14)
+    assert manager.lease(1 << 13, leased[2], other) is None
+    manager.wait_for_memory(other, 1 << 13, leased[2])      # the loan is his
+    session.attempt()
+    assert not session.mail
+    manager.give_back(leased.pop(1))                        # of which the session is promised what it waits for
+    leased.append(manager.lease(1 << 13, leased[1], other))
+    manager.give_back(leased.pop(1))
+    for _ in range(20):
+        if session.mail:
+            function, args = session.mail.pop(0)
+            function(*args)
+    assert not session.sizes and not session.mail
+    for buffer in leased + [session.held]:
+        manager.give_back(buffer)
+    assert manager.statistics()["memory"] == 0
+
+
 def test_buffers_of_all_classes_together_stay_within_the_limit(harness):
     """Also those that nobody uses now: else who has many of each size made, one size after the other, gets 20 limits."""
     limit = 1 << 20
